@@ -1,0 +1,344 @@
+"""The audit as one function, stage after stage in the order of the data flow."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from audit_plugin.checks import FittedScorer, InputScorer, LayerwiseScorer, Probe, TriggerInversion
+from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, stamp_others
+from audit_plugin.data.clean_set import LoadedImages, load_images
+from audit_plugin.data.expectations import check_clean_set
+from audit_plugin.data.splits import split
+from audit_plugin.intake import inspect
+from audit_plugin.maths.rates import rate_of
+from audit_plugin.model.input_spec import open_shape, resolve_class_names, resolve_input_spec
+from audit_plugin.model.load import load_network
+from audit_plugin.model.subject import PARITY_TOLERANCE, Subject, check_parity, prepare_subject
+from audit_plugin.model.unpickle import convert_pickle
+from audit_plugin.policy import Policy
+from audit_plugin.types import (
+    AuditReport,
+    CleanSetSummary,
+    ExampleImages,
+    Expectation,
+    ImageArray,
+    Inapplicable,
+    InputScores,
+    Intake,
+    LabelArray,
+    Measured,
+    ModelRef,
+    Outcome,
+    Runtime,
+    Splits,
+    Stage,
+    SuspectScore,
+    TriggerEvidence,
+    TriggerSearch,
+)
+from audit_plugin.verdict import decide
+
+log = logging.getLogger(__name__)
+
+_PARITY_IMAGES = 8
+_EXAMPLES = 6
+_PACKAGES = ("mlflow-backdoor-audit", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "mlflow", "numpy")
+
+
+class Progress(Protocol):
+    """Told what is going on; the command line draws it."""
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+
+    def advance(self, share: float) -> None:
+        """Share of the present stage that is done, in [0, 1]."""
+
+
+class NoProgress:
+    """Tells nobody."""
+
+    def stage(self, name: str) -> None:
+        return
+
+    def advance(self, share: float) -> None:
+        return
+
+
+def audit(
+    model: ModelRef,
+    folder: Path,
+    clean: Path,
+    *,
+    suspects: Path | None = None,
+    policy: Policy | None = None,
+    seed: int = 0,
+    allow_pickle: bool = False,
+    require_gpu: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Audit one pinned model.
+
+    Args:
+        model: what the report says was audited.
+        folder: its artifact files, a private copy that nobody else writes to.
+        clean: clean images: a folder a class, or a ``.npz`` with ``images`` (uint8 NHWC) and ``labels``.
+        suspects: inputs to score one by one: a folder of images, or a ``.npz``; labels are not needed.
+        policy: defaults when None.
+        seed: of the splits and the search; two runs with the same seed on one machine agree.
+        allow_pickle: accept a whole-module pickle; it is converted in a child process.
+        require_gpu: fail when ONNX Runtime cannot run on the GPU.
+        command: how to repeat the audit, for the report.
+        progress: told about stages.
+
+    Returns:
+        The report; the verdict is in ``report.decision``.
+
+    Raises:
+        IntakeError, SubjectError, ExportError, CleanSetError: the audit could not be made; each is one clear line.
+    """
+    policy = policy or Policy()
+    clock = _Clock(progress or NoProgress())
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+    with clock.stage("Checking the model's files"):
+        intake = inspect(folder, allow_pickle=allow_pickle)
+        file = _without_pickle(folder, intake, policy) if intake.flavour == "pickle" else folder / intake.data_path
+
+    with clock.stage("Loading the model"):
+        network = load_network(
+            file,
+            intake,
+            architecture=policy.model.architecture,
+            class_count=len(policy.model.classes) if policy.model.classes else None,
+            input_shape=open_shape(policy.model),
+        )
+        spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
+        class_names = resolve_class_names(network.class_count, policy.model, model.tags)
+
+    with clock.stage("Reading the clean images"):
+        loaded = load_images(clean, input_spec=spec, class_names=class_names)
+        fractions = (policy.clean_set.fit_fraction, policy.clean_set.calibrate_fraction)
+        splits = split(loaded.data, seed=seed, fractions=(*fractions, 1.0 - sum(fractions)), minimum_per_class=1)
+        suspect_images = (
+            load_images(suspects, input_spec=spec, class_names=class_names, labels_required=False) if suspects else None
+        )
+
+    with clock.stage("Exporting to ONNX and comparing with torch"):
+        subject = prepare_subject(
+            network, spec, flavour=intake.flavour, class_names=class_names, require_gpu=require_gpu
+        )
+        parity = check_parity(subject, splits.test.images[:_PARITY_IMAGES])
+
+    with clock.stage("Measuring the clean accuracy"):
+        clean_set = _measure_clean_set(subject, loaded, splits, str(clean), policy)
+
+    probe, scorers = checks_of(policy, subject.class_count, clock)
+    names = [probe.name, *(scorer.name for scorer in scorers)]
+    examples: ExampleImages | None = None
+    suspect_scores: tuple[SuspectScore, ...] = ()
+    outcomes: list[Outcome] = []
+    if accuracy_problem := _accuracy_problem(clean_set.expectations):
+        outcomes = [Inapplicable(name, accuracy_problem) for name in names]
+    else:
+        rng = np.random.default_rng(seed)
+        with clock.stage("Searching for triggers"):
+            outcomes.append(run_check(probe.name, lambda: measure_probe(probe, subject, splits, rng)))
+        found = _most_suspicious(outcomes)
+        predictions = subject.predict(splits.test.images)
+        stamped, examples = _stamp(found, subject, splits, predictions)
+        fitted: dict[str, FittedScorer] = {}
+        for scorer in scorers:
+            with clock.stage(f"Scoring inputs: {scorer.name}"):
+                outcomes.append(_run_scorer(scorer, subject, splits, rng, found, stamped, policy, fitted))
+        if suspect_images is not None:
+            with clock.stage("Scoring the suspect inputs"):
+                suspect_scores = _score_suspects(subject, suspect_images, outcomes, fitted)
+
+    decision = decide(outcomes, clean_set.expectations, class_names, policy.verdict, required=names)
+    return AuditReport(
+        model=model,
+        intake=intake,
+        subject=subject.summary,
+        clean_set=clean_set,
+        runtime=Runtime(subject.session.provider, _versions(), parity, PARITY_TOLERANCE),
+        outcomes=tuple(outcomes),
+        decision=decision,
+        policy=policy.document(),
+        policy_digest=policy.digest,
+        seed=seed,
+        command=command,
+        created=created,
+        tool_version=_versions()["mlflow-backdoor-audit"],
+        stages=tuple(clock.stages),
+        examples=examples,
+        suspects=suspect_scores,
+    )
+
+
+def checks_of(policy: Policy, class_count: int, clock: Progress) -> tuple[Probe, list[InputScorer]]:
+    """The checks that a policy asks for, configured."""
+    search = policy.trigger_inversion
+    probe = TriggerInversion(
+        steps=search.steps,
+        images_per_step=search.images_per_step,
+        flip_rate=search.flip_rate,
+        classes=range(min(class_count, search.maximum_classes)),
+        progress=clock.advance,
+    )
+    return probe, [LayerwiseScorer(tau=policy.layerwise.tau)]
+
+
+class _Clock:
+    """Names the stages to whoever watches and records how long each took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.stages: list[Stage] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._progress.stage(name)
+        started = time.perf_counter()
+        yield
+        self.stages.append(Stage(name, time.perf_counter() - started))
+
+    def advance(self, share: float) -> None:
+        self._progress.advance(share)
+
+
+def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> Path:
+    """Have a child process turn the pickle into an exported program, which passes the same static check."""
+    shape = intake.signature.input_shape if intake.signature else open_shape(policy.model)
+    return convert_pickle(folder, intake.data_path, shape, folder.parent / "unpickled")
+
+
+def _measure_clean_set(
+    subject: Subject, loaded: LoadedImages, splits: Splits, source: str, policy: Policy
+) -> CleanSetSummary:
+    """Accuracy on the test split and the expectations on the whole set."""
+    wanted = policy.clean_set.minimum_clean_accuracy
+    if policy.model.clean_accuracy is not None:
+        wanted = max(wanted, policy.model.clean_accuracy - policy.clean_set.accuracy_tolerance)
+    counts = np.bincount(loaded.data.labels, minlength=subject.class_count)
+    return CleanSetSummary(
+        source=source,
+        digest=loaded.digest,
+        fit_count=len(splits.fit),
+        calibrate_count=len(splits.calibrate),
+        test_count=len(splits.test),
+        images_per_class=tuple(int(count) for count in counts),
+        clean_accuracy=rate_of(subject.predict(splits.test.images) == splits.test.labels),
+        expectations=check_clean_set(
+            loaded.data,
+            class_names=subject.summary.class_names,
+            predictions=subject.predict(loaded.data.images),
+            input_spec=subject.summary.input_spec,
+            minimum_images_per_class=policy.clean_set.minimum_images_per_class,
+            minimum_clean_accuracy=wanted,
+            sources=loaded.sources,
+        ),
+    )
+
+
+def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
+    """Why measuring would be pointless: a model that does not know its own images is fed the wrong way."""
+    for expectation in expectations:
+        if expectation.name == "clean-accuracy" and not expectation.success:
+            return (
+                f"Not run: {expectation.description}, but {expectation.observed}. The preprocessing or the labels do not match the "
+                "model; set [model] mean, std, low, high or classes in the policy."
+            )
+    return None
+
+
+def _most_suspicious(outcomes: list[Outcome]) -> TriggerEvidence | None:
+    for outcome in outcomes:
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
+            return outcome.measurement.most_suspicious if outcome.measurement.candidates else None
+    return None
+
+
+def _stamp(
+    found: TriggerEvidence | None, subject: Subject, splits: Splits, predictions: LabelArray
+) -> tuple[ImageArray, ExampleImages | None]:
+    """Held-out images that the most suspicious trigger sends to its class, and a few of them for the report."""
+    test = splits.test
+    if found is None:
+        return test.images[:0], None
+    trigger = found.trigger
+    others = (test.labels != trigger.target_class) & (predictions != trigger.target_class)
+    stamped = stamp_others(trigger, test.images, test.labels, predictions)
+    answers = subject.predict(stamped)
+    examples = ExampleImages(
+        clean=test.images[others][:_EXAMPLES],
+        stamped=stamped[:_EXAMPLES],
+        clean_predictions=tuple(predictions[others][:_EXAMPLES].tolist()),
+        stamped_predictions=tuple(answers[:_EXAMPLES].tolist()),
+    )
+    return stamped[answers == trigger.target_class], examples
+
+
+def _run_scorer(
+    scorer: InputScorer,
+    subject: Subject,
+    splits: Splits,
+    rng: np.random.Generator,
+    found: TriggerEvidence | None,
+    stamped: ImageArray,
+    policy: Policy,
+    fitted: dict[str, FittedScorer],
+) -> Outcome:
+    def measure() -> InputScores:
+        scores, fitted[scorer.name] = measure_scorer(
+            scorer,
+            subject,
+            splits,
+            rng,
+            stamped=stamped,
+            stamped_class=found.trigger.target_class if found else None,
+            false_positive_rate=policy.layerwise.false_positive_rate,
+        )
+        return scores
+
+    return run_check(scorer.name, measure)
+
+
+def _score_suspects(
+    subject: Subject, suspects: LoadedImages, outcomes: list[Outcome], fitted: Mapping[str, FittedScorer]
+) -> tuple[SuspectScore, ...]:
+    """Each suspect input's score and flag by every scorer that measured, at that scorer's first threshold."""
+    images = suspects.data.images
+    predictions = subject.predict(images)
+    scores, flags = {}, {}
+    for outcome in outcomes:
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores):
+            scores[outcome.check] = fitted[outcome.check].score(images)
+            flags[outcome.check] = scores[outcome.check] > outcome.measurement.thresholds[0].value
+    return tuple(
+        SuspectScore(
+            source,
+            int(predictions[row]),
+            {check: float(values[row]) for check, values in scores.items()},
+            {check: bool(values[row]) for check, values in flags.items()},
+        )
+        for row, source in enumerate(suspects.sources)
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,143 @@
+"""Running a check and measuring what it claims on images it never saw. Nobody reports their own success here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
+from audit_plugin.errors import AuditError, InapplicableError
+from audit_plugin.maths.outlier import small_side_outliers
+from audit_plugin.maths.rates import quantile_threshold, rate_of
+from audit_plugin.model.subject import Subject
+from audit_plugin.types import (
+    Failed,
+    ImageArray,
+    Inapplicable,
+    InputScores,
+    LabelArray,
+    Measured,
+    Measurement,
+    Outcome,
+    Profile,
+    Splits,
+    Threshold,
+    Trigger,
+    TriggerEvidence,
+    TriggerSearch,
+)
+
+log = logging.getLogger(__name__)
+
+SMALLEST_SUCCESS = 0.5
+"""A candidate that moves fewer held-out images than this is no trigger: its size is not compared with the others'."""
+
+
+def run_check(name: str, measure: Callable[[], Measurement]) -> Outcome:
+    """Every check ends as exactly one outcome, whatever it raises."""
+    started = time.perf_counter()
+    try:
+        measurement = measure()
+    except InapplicableError as error:
+        return Inapplicable(name, str(error))
+    except (AuditError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+        log.debug("The check %s failed.", name, exc_info=True)
+        return Failed(name, f"{type(error).__name__}: {error}")
+    return Measured(name, measurement, time.perf_counter() - started)
+
+
+def measure_probe(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator) -> TriggerSearch:
+    """Search on the fit split, then measure every candidate's attack success rate on the test split.
+
+    Only images count whose label and prediction are another class than the target.
+    """
+    triggers = probe.search(subject, splits.fit, rng)
+    predictions = subject.predict(splits.test.images)
+    candidates: list[TriggerEvidence] = []
+    for family in dict.fromkeys(trigger.family for trigger in triggers):
+        members = [trigger for trigger in triggers if trigger.family == family]
+        rates = [
+            rate_of(subject.predict(stamp_others(trigger, splits.test.images, splits.test.labels, predictions)) == trigger.target_class)
+            for trigger in members
+        ]
+        sizes = [
+            trigger.size if success.value >= SMALLEST_SUCCESS else math.inf
+            for trigger, success in zip(members, rates, strict=True)
+        ]
+        outliers = small_side_outliers(np.array(sizes))
+        candidates += [
+            TriggerEvidence(trigger, success, float(outlier))
+            for trigger, success, outlier in zip(members, rates, outliers, strict=True)
+        ]
+    searched = {trigger.target_class for trigger in triggers}
+    skipped = tuple(label for label in range(subject.class_count) if label not in searched)
+    return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), skipped)
+
+
+def measure_scorer(
+    scorer: InputScorer,
+    subject: Subject,
+    splits: Splits,
+    rng: np.random.Generator,
+    *,
+    stamped: ImageArray,
+    stamped_class: int | None,
+    false_positive_rate: float,
+) -> tuple[InputScores, FittedScorer]:
+    """Fit on the fit split, choose the quantile threshold on the calibrate split, report on the test split.
+
+    Args:
+        stamped: held-out images that carry the most suspicious recovered trigger and are predicted as ``stamped_class``, uint8
+            (M, height, width, channels); empty without one.
+        false_positive_rate: of the quantile threshold.
+
+    Returns:
+        The measurement, and the fitted scorer for use on suspect inputs.
+    """
+    fitted = scorer.fit(subject, splits.fit, rng)
+    clean = fitted.score(splits.test.images)
+    attacked = fitted.score(stamped)
+    cuts = dict(fitted.own_thresholds)
+    facts = dict(fitted.facts)
+    try:
+        cut = quantile_threshold(fitted.score(splits.calibrate.images), false_positive_rate)
+        cuts[f"quantile at FPR {false_positive_rate:.1%}"] = cut
+    except ValueError as error:
+        facts["quantile_threshold_missing"] = str(error)
+    thresholds = tuple(
+        Threshold(rule, float(cut), rate_of(clean > cut), rate_of(attacked > cut) if len(attacked) else None)
+        for rule, cut in cuts.items()
+    )
+    profile = _profile(fitted, subject, splits, stamped, stamped_class)
+    return InputScores(clean, attacked, stamped_class, thresholds, profile, facts), fitted
+
+
+def stamp_others(trigger: Trigger, images: ImageArray, labels: LabelArray, predictions: LabelArray) -> ImageArray:
+    """The stamped images of other classes than the target (by label and by prediction)."""
+    others = (labels != trigger.target_class) & (predictions != trigger.target_class)
+    if trigger.source_class is not None:
+        others &= labels == trigger.source_class
+    return trigger.stamp(images[others])
+
+
+def _profile(
+    fitted: FittedScorer, subject: Subject, splits: Splits, stamped: ImageArray, stamped_class: int | None
+) -> Profile | None:
+    if not fitted.profile_layers or stamped_class is None or len(stamped) == 0:
+        return None
+    members = splits.test.images[subject.predict(splits.test.images) == stamped_class]
+    if len(members) == 0:
+        return None
+    clean = fitted.profile(members)
+    return Profile(
+        quantity=fitted.profile_quantity,
+        class_index=stamped_class,
+        layers=fitted.profile_layers,
+        clean=tuple(clean.mean(axis=0).tolist()),
+        clean_spread=tuple(clean.std(axis=0).tolist()),
+        stamped=tuple(fitted.profile(stamped).mean(axis=0).tolist()),
+    )

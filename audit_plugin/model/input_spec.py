@@ -1,0 +1,96 @@
+"""How pixels become what a model expects: read from the policy, else from tags of the version, else from the model's own shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from audit_plugin.errors import SubjectError
+from audit_plugin.policy import ModelPolicy
+from audit_plugin.types import InputSpec, Layout
+
+TAG_PREFIX = "audit.input."
+CLASSES_TAG = "audit.classes"
+
+CHANNELS = (1, 3)
+
+
+def open_shape(policy: ModelPolicy) -> tuple[int, int, int, int]:
+    """What the policy says about the input shape, in the model's layout; -1 for what it leaves open."""
+    channels, height, width = (size if size else -1 for size in (policy.channels, policy.height, policy.width))
+    return (-1, height, width, channels) if policy.layout == "NHWC" else (-1, channels, height, width)
+
+
+def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mapping[str, str]) -> InputSpec:
+    """The input specification of a model that takes ``shape``.
+
+    A value in the policy wins over the tag ``audit.input.<name>`` (numbers separated by commas), which wins over the default: pixels
+    in [0, 1], no normalisation.
+
+    Raises:
+        SubjectError: the shape holds no image of 1 or 3 channels, or mean, std or a tag do not fit it.
+    """
+    layout = _layout(shape, policy.layout or tags.get(f"{TAG_PREFIX}layout"))
+    height, width, channels = shape[1:] if layout == "NHWC" else (shape[2], shape[3], shape[1])
+    if channels not in CHANNELS:
+        raise SubjectError(
+            f"Expected images of 1 (grey) or 3 (RGB) channels, the model takes {channels} (input shape {shape}, read as {layout}). "
+            "If the layout is another one, set [model] layout in the policy."
+        )
+    mean = _per_channel("mean", _setting("mean", policy.mean, tags, (0.0,)), channels)
+    std = _per_channel("std", _setting("std", policy.std, tags, (1.0,)), channels)
+    (low,) = _single("low", _setting("low", policy.low, tags, (0.0,)))
+    (high,) = _single("high", _setting("high", policy.high, tags, (1.0,)))
+    if min(std) <= 0 or not low < high:
+        raise SubjectError(f"std must be positive and low below high, got std {std}, low {low}, high {high}.")
+    return InputSpec(height, width, channels, layout, low, high, mean, std)
+
+
+def resolve_class_names(count: int, policy: ModelPolicy, tags: Mapping[str, str]) -> tuple[str, ...]:
+    """Names in index order: from the policy, the tag ``audit.classes`` (separated by commas), or the numbers 0, 1, ...
+
+    Raises:
+        SubjectError: another number of names than the model has classes, or a name twice.
+    """
+    names = policy.classes
+    if names is None and CLASSES_TAG in tags:
+        names = tuple(name.strip() for name in tags[CLASSES_TAG].split(","))
+    if names is None:
+        return tuple(str(index) for index in range(count))
+    if len(names) != count or len(set(names)) != count:
+        raise SubjectError(f"The model has {count} classes, but {len(names)} names are given ({len(set(names))} different ones).")
+    return names
+
+
+def _layout(shape: tuple[int, ...], wanted: str | None) -> Layout:
+    if wanted is None:
+        return "NHWC" if shape[3] in CHANNELS and shape[1] not in CHANNELS else "NCHW"
+    if wanted == "NCHW" or wanted == "NHWC":
+        return wanted
+    raise SubjectError(f"The layout must be 'NCHW' or 'NHWC', got {wanted!r}.")
+
+
+def _setting(name: str, from_policy: Any, tags: Mapping[str, str], default: tuple[float, ...]) -> tuple[float, ...]:
+    if from_policy is not None:
+        return from_policy if isinstance(from_policy, tuple) else (from_policy,)
+    tag = tags.get(f"{TAG_PREFIX}{name}")
+    if tag is None:
+        return default
+    try:
+        return tuple(float(part) for part in tag.split(","))
+    except ValueError as error:
+        raise SubjectError(f"The tag '{TAG_PREFIX}{name}' must hold numbers separated by commas, got {tag!r}.") from error
+
+
+def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if len(values) == 1:
+        return values * channels
+    if len(values) != channels:
+        raise SubjectError(f"Expected 1 or {channels} values of {name} for {channels} channels, got {len(values)}.")
+    return values
+
+
+def _single(name: str, values: tuple[float, ...]) -> tuple[float]:
+    if len(values) != 1:
+        raise SubjectError(f"Expected one value of {name}, got {len(values)}.")
+    return (values[0],)

@@ -1,0 +1,252 @@
+"""From intake-checked bytes to a network. Only this module deserialises models, and only what intake has accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import torch
+from torch import fx, nn
+
+from audit_plugin.errors import IntakeError, SubjectError, nearest
+from audit_plugin.model.onnx_graph import declared_input_shape, read_model
+from audit_plugin.model.onnx_graph import input_and_output as onnx_input_and_output
+from audit_plugin.model.runtime import Session
+from audit_plugin.model.torch_graph import input_and_output, plain_graph
+from audit_plugin.types import FloatArray, Intake
+
+log = logging.getLogger(__name__)
+
+CLASS_LIMITS = (2, 1000)
+
+Run: TypeAlias = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded model on its own input scale.
+
+    Attributes:
+        program: a torch graph, or an ONNX model for MLflow's ONNX flavour.
+        input_shape: of its input, in its own layout; -1 for a free batch size.
+        class_count: width of its answer (N, classes).
+        batch_size: the only batch size it takes, or None.
+        gives_probabilities: its answer has been through a softmax.
+    """
+
+    program: fx.GraphModule | onnx.ModelProto
+    input_shape: tuple[int, ...]
+    class_count: int
+    batch_size: int | None
+    gives_probabilities: bool
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in its weights, whether they are stored as parameters, buffers or constants."""
+        if isinstance(self.program, onnx.ModelProto):
+            return sum(int(np.prod(weight.dims)) for weight in self.program.graph.initializer)
+        return sum(value.numel() for value in _stored_tensors(self.program).values())
+
+
+def load_network(
+    path: Path,
+    intake: Intake,
+    *,
+    architecture: str | None = None,
+    class_count: int | None = None,
+    input_shape: tuple[int, int, int, int] | None = None,
+) -> Network:
+    """Load the model file that intake found.
+
+    Args:
+        path: the model file that ``intake`` judged; for a pickle, the exported program it was converted to.
+        intake: what the static check found.
+        architecture: torchvision name, needed for a bare ``state_dict``.
+        class_count: number of classes, for a bare ``state_dict`` whose last layer does not tell it.
+        input_shape: fills the dimensions that the file leaves open, in the model's own layout; -1 for unknown.
+
+    Raises:
+        SubjectError: the file is fine but holds no image classifier.
+        IntakeError: the file cannot be read as what it claims to be.
+    """
+    signed = intake.signature.input_shape if intake.signature else None
+    program: fx.GraphModule | onnx.ModelProto
+    if intake.flavour == "onnx":
+        program = read_model(path)
+        onnx_input_and_output(program)  # refuses anything but one input and one output
+        declared = declared_input_shape(program)
+    elif intake.flavour == "state_dict":
+        declared = _merge_shapes(signed, input_shape)
+        program = _from_state_dict(path, architecture, class_count, declared)
+        declared = (-1, *declared[1:])
+    else:
+        program = _from_exported_program(path)
+        declared = _declared_shape(program)
+    shape = _merge_shapes(declared, signed, input_shape)
+    _check_weights(program)
+    return _probe(program, shape, declared[0])
+
+
+def _from_exported_program(path: Path) -> fx.GraphModule:
+    try:
+        return plain_graph(torch.export.load(str(path)))
+    except SubjectError:
+        raise
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise IntakeError(
+            f"'{path.name}' cannot be read as an exported program by torch {torch.__version__}: {_short(error)}. "
+            "Log the model again with mlflow.pytorch.log_model(..., input_example=...)."
+        ) from error
+
+
+def _from_state_dict(
+    path: Path, architecture: str | None, class_count: int | None, shape: tuple[int, ...]
+) -> fx.GraphModule:
+    import torchvision
+
+    if architecture is None:
+        raise SubjectError(
+            "A bare state_dict does not say which network it belongs to. Name a torchvision architecture in the policy: "
+            '[model] architecture = "resnet18".'
+        )
+    known = torchvision.models.list_models(module=torchvision.models)
+    if architecture not in known:
+        raise SubjectError(f"'{architecture}' is no torchvision classifier.{nearest(architecture, known)}")
+    weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    classes = class_count or _last_rows(weights)
+    module: nn.Module = torchvision.models.get_model(architecture, weights=None, num_classes=classes).eval()
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise SubjectError(
+            f"The state_dict does not fit torchvision's {architecture} with {classes} classes: {_short(error)}. "
+            "Check [model] architecture and classes in the policy."
+        ) from error
+    example = torch.zeros(4, *shape[1:])
+    return plain_graph(torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
+
+
+def _last_rows(weights: dict[str, Any]) -> int:
+    matrices = [value for value in weights.values() if isinstance(value, torch.Tensor) and value.ndim >= 2]
+    if not matrices:
+        raise SubjectError("The state_dict holds no weight matrix, so it is no classifier's.")
+    return int(matrices[-1].shape[0])
+
+
+def _declared_shape(graph: fx.GraphModule) -> tuple[int, ...]:
+    source, _ = input_and_output(graph)
+    value = source.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise SubjectError("The exported program takes no tensor as its input, so it is no image classifier.")
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
+
+def _merge_shapes(*shapes: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The first declared value of each dimension; later shapes only fill what earlier ones leave open."""
+    given = [shape for shape in shapes if shape]
+    if not given:
+        raise SubjectError("The image size is unknown. Give it in the policy: [model] height, width and channels.")
+    if len(given[0]) != 4:
+        raise SubjectError(
+            "Expected a model that takes images, an input of 4 dimensions such as (N, channels, height, width); "
+            f"this one takes {given[0]}."
+        )
+    merged = [next((size for size in sizes if size > 0), -1) for sizes in zip(*given, strict=False)]
+    if any(size < 1 for size in merged[1:]):
+        raise SubjectError(
+            f"The model leaves its image size open: {tuple(merged)}. "
+            "Give it in the policy: [model] height, width and channels."
+        )
+    return tuple(merged)
+
+
+def _stored_tensors(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and the constants that an exporter left as plain attributes."""
+    stored = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value: Any = graph
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, torch.Tensor):
+            stored.setdefault(str(node.target), value)
+    return stored
+
+
+def _check_weights(program: fx.GraphModule | onnx.ModelProto) -> None:
+    if isinstance(program, onnx.ModelProto):
+        stored = {weight.name: onnx.numpy_helper.to_array(weight) for weight in program.graph.initializer}
+        broken = [name for name, value in stored.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    else:
+        broken = [
+            name
+            for name, value in _stored_tensors(program).items()
+            if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        ]
+    if broken:
+        raise SubjectError(
+            f"The weights '{broken[0]}' hold NaN or infinite values, so this model cannot be audited. Train and log it again."
+        )
+
+
+def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], declared_batch: int) -> Network:
+    """Run two small batches to learn the number of classes and whether the batch size is free."""
+    run = _runner(program)
+    size = declared_batch if declared_batch > 0 else 3
+    rng = np.random.default_rng(0)
+    first, second = (rng.random((size, *shape[1:]), dtype=np.float32) for _ in range(2))
+    try:
+        answer = run(first)
+    except Exception as error:  # whatever an unknown graph may raise
+        raise SubjectError(f"The model does not run on a batch of shape {first.shape}: {_short(error)}.") from error
+    if answer.ndim != 2 or len(answer) != size:
+        raise SubjectError(f"Expected one row of class scores an image, ({size}, classes); the model returns {answer.shape}.")
+    classes = answer.shape[1]
+    if classes < CLASS_LIMITS[0]:
+        raise SubjectError(
+            "The model returns one number an image, as a regression model or a binary one with a single score does. "
+            "An audit needs at least 2 class scores (N, classes)."
+        )
+    if classes > CLASS_LIMITS[1]:
+        raise SubjectError(f"The model has {classes} classes; at most {CLASS_LIMITS[1]} can be audited.")
+    if not np.isfinite(answer).all():
+        raise SubjectError("The model answers NaN or infinity for ordinary pixels, so it cannot be audited.")
+    free = declared_batch < 1 or (
+        not isinstance(program, onnx.ModelProto) and _takes_any_batch(run, answer, first, second)
+    )
+    probabilities = bool((answer >= 0).all() and np.allclose(answer.sum(axis=1), 1.0, atol=1e-4))
+    return Network(program, shape, classes, None if free else declared_batch, probabilities)
+
+
+def _runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
+    if isinstance(program, onnx.ModelProto):
+        session = Session(program.SerializeToString())
+        return lambda batch: next(iter(session.run(batch).values()))
+
+    def run(batch: FloatArray) -> FloatArray:
+        with torch.no_grad():
+            answer: FloatArray = program(torch.from_numpy(batch)).numpy()
+        return answer
+
+    return run
+
+
+def _takes_any_batch(run: Run, reference: FloatArray, first: FloatArray, second: FloatArray) -> bool:
+    """Most graphs exported with a fixed batch size have it written nowhere but in their guards."""
+    try:
+        answer = run(np.concatenate([first, second]))
+        expected = np.concatenate([reference, run(second)])
+    except Exception:  # any failure means the same: this graph insists on its batch size
+        log.info("The graph runs only on batches of %d images.", len(first))
+        return False
+    tolerance = 1e-4 * (float(np.abs(expected).max()) + 1e-6)
+    return answer.shape == expected.shape and bool(np.allclose(answer, expected, rtol=0.0, atol=tolerance))
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__

@@ -1,0 +1,203 @@
+"""The policy of an audit: ``audit.toml`` -> a frozen :class:`Policy`. An unknown key is an error that names the nearest known one.
+
+    [model]
+    mean = [0.4914, 0.4822, 0.4465]
+    std = [0.247, 0.2435, 0.2616]
+
+    [verdict]
+    minimum_outlier = 3.0
+
+Every key has a default, so an empty file (or none) is a complete policy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from audit_plugin.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class ModelPolicy:
+    """What the model's file does not say. Pixels become ``(low + pixel * (high - low) - mean) / std``.
+
+    ``layout`` is 'NCHW' or 'NHWC'; ``classes`` are names in index order; ``architecture`` is a torchvision name, for bare
+    state_dicts; ``clean_accuracy`` is the accuracy on record, for comparison.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    channels: int | None = None
+    layout: str | None = None
+    low: float | None = None
+    high: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    architecture: str | None = None
+    clean_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class CleanSetPolicy:
+    """What the clean images must satisfy.
+
+    ``minimum_clean_accuracy`` guards against a wrong normalisation or other labels; with an accuracy on record the model
+    must also come within ``accuracy_tolerance`` of it. The fractions are of the three splits, the test split takes the rest.
+    """
+
+    minimum_images_per_class: int = 2
+    minimum_clean_accuracy: float = 0.5
+    accuracy_tolerance: float = 0.1
+    fit_fraction: float = 0.5
+    calibrate_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class LayerwisePolicy:
+    """``tau`` of Jebreel et al. 2023, and the false-positive rate of the calibrated quantile threshold beside it."""
+
+    tau: float = 2.5
+    false_positive_rate: float = 0.05
+
+
+@dataclass(frozen=True)
+class TriggerInversionPolicy:
+    """Budget of the search; see :class:`audit_plugin.checks.trigger_inversion.TriggerInversion`."""
+
+    steps: int = 200
+    images_per_step: int = 24
+    flip_rate: float = 0.97
+    maximum_classes: int = 100
+
+
+@dataclass(frozen=True)
+class VerdictPolicy:
+    """When a class stands out; see :mod:`audit_plugin.verdict`."""
+
+    minimum_outlier: float = 3.0
+    clear_outlier: float = 2.5
+    minimum_attack_success: float = 0.8
+    minimum_detection: float = 0.5
+    minimum_classes: int = 4
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A complete policy, one section a topic."""
+
+    model: ModelPolicy = field(default_factory=ModelPolicy)
+    clean_set: CleanSetPolicy = field(default_factory=CleanSetPolicy)
+    layerwise: LayerwisePolicy = field(default_factory=LayerwisePolicy)
+    trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
+    verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+
+    def document(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @property
+    def digest(self) -> str:
+        """``sha256:<hex>`` of the policy with all defaults filled in."""
+        canonical = json.dumps(self.document(), sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+
+
+def load_policy(path: Path | None) -> Policy:
+    """Read ``audit.toml``; without a path the defaults.
+
+    Raises:
+        UsageError: the file is missing, is no TOML, or has an unknown key or a value of the wrong type or range.
+    """
+    if path is None:
+        return Policy()
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no policy file '{path}'.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"The policy '{path}' is no readable TOML file: {error}.") from error
+    return policy_from(content)
+
+
+def policy_from(content: Mapping[str, Any]) -> Policy:
+    """A policy from nested mappings.
+
+    Raises:
+        UsageError: unknown section or key, or a value of the wrong type or range.
+    """
+    sections = get_type_hints(Policy)
+    values = {}
+    for section, entries in content.items():
+        if section not in sections:
+            raise UsageError(f"The policy has no section [{section}].{nearest(section, sections)}")
+        if not isinstance(entries, Mapping):
+            raise UsageError(f"Expected a section [{section}] with keys, got the value {entries!r}.")
+        values[section] = _section(section, sections[section], entries)
+    return Policy(**values)
+
+
+def _section(section: str, kind: type[Any], entries: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(kind)
+    for key in entries:
+        if key not in hints:
+            raise UsageError(f"The policy section [{section}] has no key '{key}'.{nearest(key, hints)}")
+    return kind(**{key: _value(f"[{section}] {key}", hints[key], value) for key, value in entries.items()})
+
+
+def _value(place: str, hint: Any, value: Any) -> Any:
+    accepted = [option for option in (get_args(hint) or (hint,)) if option is not type(None)]
+    if hint in (int, float, str):
+        accepted = [hint]
+    for option in accepted:
+        inner = get_args(option)
+        if inner and isinstance(value, list):
+            return tuple(_value(place, inner[0], entry) for entry in value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, str) and isinstance(value, option) and not isinstance(value, bool):
+            return value
+    names = " or ".join("a list" if get_args(option) else option.__name__ for option in accepted)
+    raise UsageError(f"{place} in the policy must be {names}, got {value!r}.")
+
+
+def _check_ranges(policy: Policy) -> None:
+    clean, layerwise, search, verdict = policy.clean_set, policy.layerwise, policy.trigger_inversion, policy.verdict
+    model = policy.model
+    rules = {
+        "[clean_set] fit_fraction and calibrate_fraction must be positive and leave a test split": (
+            clean.fit_fraction > 0 and clean.calibrate_fraction > 0 and clean.fit_fraction + clean.calibrate_fraction < 1
+        ),
+        "[clean_set] minimum_clean_accuracy must lie in [0, 1]": 0 <= clean.minimum_clean_accuracy <= 1,
+        "[clean_set] accuracy_tolerance must lie in [0, 1]": 0 <= clean.accuracy_tolerance <= 1,
+        "[clean_set] minimum_images_per_class must be at least 1": clean.minimum_images_per_class >= 1,
+        "[layerwise] tau must be positive": layerwise.tau > 0,
+        "[layerwise] false_positive_rate must lie between 0 and 1": 0 < layerwise.false_positive_rate < 1,
+        "[trigger_inversion] steps must be at least 1": search.steps >= 1,
+        "[trigger_inversion] images_per_step must lie between 1 and 512": 1 <= search.images_per_step <= 512,
+        "[trigger_inversion] flip_rate must lie between 0.5 and 1": 0.5 <= search.flip_rate < 1,
+        "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
+        "[verdict] clear_outlier must not exceed minimum_outlier": 0 < verdict.clear_outlier <= verdict.minimum_outlier,
+        "[verdict] minimum_attack_success must lie in [0, 1]": 0 <= verdict.minimum_attack_success <= 1,
+        "[verdict] minimum_detection must lie in [0, 1]": 0 <= verdict.minimum_detection <= 1,
+        "[verdict] minimum_classes must be at least 3": verdict.minimum_classes >= 3,
+        "[model] layout must be 'NCHW' or 'NHWC'": model.layout in (None, "NCHW", "NHWC"),
+        "[model] channels must be 1 or 3": model.channels in (None, 1, 3),
+        "[model] height and width must be at least 4": all(size is None or size >= 4 for size in (model.height, model.width)),
+        "[model] std must be positive": model.std is None or (len(model.std) > 0 and min(model.std) > 0),
+        "[model] low must be below high": model.low is None or model.high is None or model.low < model.high,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise UsageError(f"The policy is inconsistent: {rule}.")

@@ -1,0 +1,307 @@
+"""The only module here that talks to MLflow: a URI becomes a pinned reference plus files; a report becomes a run, tags, a note.
+
+MLflow's own loaders are never called. What is downloaded goes into a folder of our own, so that nobody can exchange a file between
+the check and its use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import mlflow
+from mlflow.entities import LoggedModelInput
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from audit_plugin.errors import RegistryError, UsageError, nearest
+from audit_plugin.report.text import render_markdown_block
+from audit_plugin.types import AuditReport, FileEntry, InputScores, Measured, ModelRef, TriggerSearch
+
+log = logging.getLogger(__name__)
+
+EXPERIMENT = "backdoor-audits"
+VERDICT_TAG = "audit.verdict"
+_REMOTE = ("models:/", "runs:/")
+_MODEL_FILES = (".pt2", ".onnx", ".pt", ".pth")
+_BLOCK = ("<!-- backdoor-audit -->", "<!-- /backdoor-audit -->")
+_DESCRIPTION_LIMIT = 5000
+_SERVER_TIMEOUT_SECONDS = 5
+_CHUNK = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PinnedModel:
+    """A reference and the private copy of the files it speaks about."""
+
+    reference: ModelRef
+    folder: Path
+
+    @property
+    def came_from_mlflow(self) -> bool:
+        return self.reference.uri.startswith(_REMOTE)
+
+
+@dataclass(frozen=True)
+class LoggedReport:
+    """Where MLflow keeps a report: the run, and its page in the UI (None without an HTTP server)."""
+
+    run_id: str
+    page: str | None
+
+
+def pin(uri: str, destination: Path) -> PinnedModel:
+    """Resolve ``uri`` once and copy its files under ``destination``.
+
+    Accepts ``models:/name/version``, ``models:/name@alias``, ``models:/name/latest``, ``models:/m-<id>``, ``runs:/<run>/<name>``, a local
+    folder, or a local model file.
+
+    Raises:
+        RegistryError: nothing is there, or the tracking server does not answer.
+        UsageError: the URI has no form that is known.
+    """
+    folder = destination / "model"
+    if uri.startswith(_REMOTE):
+        with _teaching(uri):
+            return _pin_remote(uri, folder)
+    if re.match(r"^[a-z][a-z0-9+.-]+:/", uri):
+        raise UsageError(f"'{uri}' is no model URI. Use models:/name/version, models:/name@alias, runs:/run/name, or a path.")
+    return _pin_local(Path(uri), uri, folder)
+
+
+def fetch_images(source: str, destination: Path) -> Path:
+    """A local path for clean or suspect images: itself, or an MLflow artifact URI downloaded under ``destination``."""
+    if not re.match(r"^(runs|models|mlflow-artifacts|s3|gs|dbfs|https?|abfss?|wasbs?)(:/)", source):
+        return Path(source)
+    with _teaching(source):
+        destination.mkdir(parents=True, exist_ok=True)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(destination)))
+
+
+def log_report(report: AuditReport, files: Path) -> LoggedReport:
+    """One run in the experiment ``backdoor-audits`` with all files of a report, linked to the audited model version.
+
+    Writes headline metrics, ``audit.*`` tags and a short block in the version's description (replacing the one of an earlier audit).
+
+    Raises:
+        RegistryError: the tracking server does not answer or refuses.
+    """
+    with _teaching(report.model.uri):
+        client = MlflowClient()
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+        model = report.model
+        title = f"{model.name} v{model.version}" if model.name else Path(model.pinned_uri).name
+        run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
+        run_id = run.info.run_id
+        try:
+            client.log_artifacts(run_id, str(files))
+            for name, value in _metrics(report).items():
+                client.log_metric(run_id, name, value)
+            if model.model_id is not None:
+                client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
+            page = _page(experiment_id, run_id)
+            if model.name is not None and model.version is not None:
+                _mark_version(client, report, model.name, model.version, run_id, page)
+        except BaseException:
+            client.set_terminated(run_id, "KILLED")
+            raise
+        client.set_terminated(run_id)
+        return LoggedReport(run_id, page)
+
+
+def manifest_of(folder: Path) -> tuple[FileEntry, ...]:
+    """Every regular file below ``folder``, sorted by path; links are left to intake, which refuses them."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+            entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, digest.hexdigest()))
+    return tuple(entries)
+
+
+def digest_of(manifest: tuple[FileEntry, ...]) -> str:
+    """``sha256:<hex>`` over the lines 'sha256 size path' of a manifest."""
+    lines = "".join(f"{entry.sha256} {entry.size} {entry.path}\n" for entry in manifest)
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _pin_local(path: Path, uri: str, folder: Path) -> PinnedModel:
+    if path.is_dir():
+        shutil.copytree(path, folder, symlinks=True)
+    elif path.is_file():
+        if path.suffix.lower() not in _MODEL_FILES:
+            raise UsageError(f"'{path}' is no model file; expected one of {', '.join(_MODEL_FILES)}, or an MLflow model folder.")
+        folder.mkdir(parents=True)
+        shutil.copy(path, folder / path.name)
+    else:
+        raise RegistryError(f"There is no model at '{path}'. Give a folder, a model file, or a URI such as models:/name/1.")
+    manifest = manifest_of(folder)
+    return PinnedModel(ModelRef(uri, str(path.resolve()), digest_of(manifest), manifest), folder)
+
+
+def _pin_remote(uri: str, folder: Path) -> PinnedModel:
+    _check_server()
+    client = MlflowClient()
+    name = version = model_id = run_id = None
+    tags: dict[str, str] = {}
+    if found := re.fullmatch(r"models:/(m-[0-9a-f]+)", uri):
+        model_id = found[1]
+        logged = client.get_logged_model(model_id)
+        location, pinned, run_id = logged.artifact_location, uri, logged.source_run_id
+    elif uri.startswith("models:/"):
+        name, version = _resolve_version(client, uri)
+        entry = client.get_model_version(name, version)
+        location, pinned = client.get_model_version_download_uri(name, version), f"models:/{name}/{version}"
+        run_id, tags = entry.run_id or None, {key: str(value) for key, value in entry.tags.items()}
+        source = re.fullmatch(r"models:/(m-[0-9a-f]+)", entry.source or "")
+        model_id = source[1] if source else None
+    else:
+        location = pinned = uri
+        run_id = uri.removeprefix("runs:/").split("/")[0]
+        client.get_run(run_id)  # a clear 'not found' before any download
+    folder.mkdir(parents=True)
+    local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
+    if not any(local.rglob("*")):
+        raise RegistryError(f"The artifacts of {pinned} are empty: nothing can be audited.")
+    manifest = manifest_of(local)
+    reference = ModelRef(uri, pinned, digest_of(manifest), manifest, name, version, model_id, run_id, tags)
+    return PinnedModel(reference, local)
+
+
+def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
+    """Name and version behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
+    rest = uri.removeprefix("models:/").lstrip("/")
+    if "@" in rest:
+        name, alias = rest.rsplit("@", 1)
+        return name, str(client.get_model_version_by_alias(name, alias).version)
+    name, _, version = rest.rpartition("/")
+    if not name:
+        raise UsageError(f"'{uri}' names no version. Use models:/{rest}/1, models:/{rest}/latest or models:/{rest}@alias.")
+    if version == "latest":
+        versions = client.search_model_versions(f"name = '{name}'")
+        if not versions:
+            raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
+        return name, str(max(int(entry.version) for entry in versions))
+    if not version.isdecimal():
+        raise UsageError(f"'{version}' is no version number. Use models:/{name}/1, models:/{name}/latest or models:/{name}@alias.")
+    return name, version
+
+
+def _known_models(client: MlflowClient, name: str) -> str:
+    return nearest(name, (model.name for model in client.search_registered_models(max_results=1000)))
+
+
+def _check_server() -> None:
+    """Ask a remote tracking server once, instead of MLflow's minutes of retries."""
+    for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
+        if not uri.startswith(("http://", "https://")):
+            continue
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_TIMEOUT_SECONDS).close()  # noqa: S310
+        except urllib.error.HTTPError:
+            continue  # it answers; whether it lets us in is MLflow's to find out
+        except (OSError, ValueError) as error:
+            raise RegistryError(
+                f"The tracking server {uri} does not answer ({getattr(error, 'reason', error)}). "
+                "Check MLFLOW_TRACKING_URI, or start it with 'mlflow server'."
+            ) from error
+
+
+@contextmanager
+def _teaching(uri: str) -> Iterator[None]:
+    """MLflow's exceptions as one clear line."""
+    try:
+        yield
+    except MlflowException as error:
+        hint = ""
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if name := re.match(r"models:/([^/@]+)", uri):
+                hint = _known_models(MlflowClient(), name[1])
+            hint += f" Looked in {mlflow.get_registry_uri()}; set MLFLOW_TRACKING_URI for another server."
+        raise RegistryError(f"MLflow: {_one_line(str(error))}{hint}") from error
+    except OSError as error:
+        raise RegistryError(f"The files of {uri} cannot be read: {_one_line(str(error))}") from error
+
+
+def _tags(report: AuditReport) -> dict[str, str]:
+    tags = {
+        VERDICT_TAG: str(report.decision.verdict),
+        "audit.digest": report.model.digest,
+        "audit.policy_digest": report.policy_digest,
+        "audit.tool_version": report.tool_version,
+        "audit.time": report.created,
+        "audit.model": report.model.pinned_uri,
+    }
+    if report.decision.suspected_class is not None:
+        tags["audit.suspected_class"] = report.subject.class_names[report.decision.suspected_class]
+    return tags
+
+
+def _metrics(report: AuditReport) -> dict[str, float]:
+    metrics = {"clean_accuracy": report.clean_set.clean_accuracy.value, "seconds": report.duration_seconds}
+    for outcome in report.outcomes:
+        if not isinstance(outcome, Measured):
+            continue
+        if isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates:
+            found = outcome.measurement.most_suspicious
+            metrics["trigger_outlier"] = found.outlier
+            metrics["trigger_size_pixels"] = found.trigger.size
+            metrics["trigger_attack_success_rate"] = found.success.value
+        if isinstance(outcome.measurement, InputScores):
+            for threshold in outcome.measurement.thresholds[:1]:
+                metrics[f"{outcome.check}_false_positive_rate"] = threshold.false_positive_rate.value
+                if threshold.detection_rate is not None:
+                    metrics[f"{outcome.check}_detection_rate"] = threshold.detection_rate.value
+    return {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")}
+
+
+def _mark_version(client: MlflowClient, report: AuditReport, name: str, version: str, run_id: str, page: str | None) -> None:
+    if report.decision.suspected_class is None and "audit.suspected_class" in report.model.tags:
+        client.delete_model_version_tag(name, version, "audit.suspected_class")
+    for key, value in {**_tags(report), "audit.run_id": run_id}.items():
+        client.set_model_version_tag(name, version, key, value)
+    description = client.get_model_version(name, version).description or ""
+    block = f"{_BLOCK[0]}\n{render_markdown_block(report, page)}\n{_BLOCK[1]}"
+    pattern = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
+    written = pattern.sub(lambda _: block, description) if pattern.search(description) else f"{description}\n\n{block}".strip()
+    if len(written) > _DESCRIPTION_LIMIT:
+        log.warning("The description of %s version %s has no room for the audit's summary; it was left as it is.", name, version)
+        return
+    client.update_model_version(name, version, written)
+
+
+def _page(experiment_id: str, run_id: str) -> str | None:
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith(("http://", "https://")):
+        return None
+    return f"{uri.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}/artifacts"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def describe_tracking() -> str:
+    """The tracking URI, after it answered.
+
+    Raises:
+        RegistryError: it does not answer.
+    """
+    _check_server()
+    uri: str = mlflow.get_tracking_uri()
+    with _teaching(uri):
+        MlflowClient().search_experiments(max_results=1)
+    return uri

@@ -1,0 +1,25 @@
+"""What people and machines read after an audit: ``report.json``, ``report.html``, a terminal summary, a Markdown block.
+
+Pure functions of :class:`audit_plugin.types.AuditReport`. Nothing here measures or decides; whatever came from the model or its
+registry entry is treated as hostile text.
+"""
+
+from __future__ import annotations
+
+from audit_plugin.report.html import render
+from audit_plugin.report.schema import SCHEMA_VERSION, dumps, load, to_document, validate
+from audit_plugin.report.text import render_markdown_block, render_text
+from audit_plugin.report.write import ReportFormat, write_report
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "ReportFormat",
+    "dumps",
+    "load",
+    "render",
+    "render_markdown_block",
+    "render_text",
+    "to_document",
+    "validate",
+    "write_report",
+]

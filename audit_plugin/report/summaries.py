@@ -1,0 +1,132 @@
+"""Numbers that the report derives from an audit's results: quantiles, histograms, which trigger to show, picture names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audit_plugin.types import AuditReport, FloatArray, InputScores, Measured, TriggerEvidence, TriggerFamily, TriggerSearch
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+HISTOGRAM_BINS = 40
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of clean and stamped scores over the same ``edges`` (bins + 1); what lies outside is counted in the end bins."""
+
+    edges: tuple[float, ...]
+    clean: tuple[int, ...]
+    stamped: tuple[int, ...]
+
+
+def quantiles(scores: FloatArray) -> dict[str, float] | None:
+    """The quantiles of the finite scores by their probability written as text, or None when there is no finite score."""
+    finite = _finite(scores)
+    if finite.size == 0:
+        return None
+    values = np.quantile(finite, QUANTILES)
+    return {f"{probability:g}": float(value) for probability, value in zip(QUANTILES, values, strict=True)}
+
+
+def score_histogram(scores: InputScores, bins: int = HISTOGRAM_BINS) -> Histogram | None:
+    """Clean and stamped scores over shared bins, or None when there is no finite score.
+
+    The range covers the inner 99 % of each group: one enormous ratio must not squeeze everything else into a single bin.
+    Thresholds that lie near this range are drawn into it.
+    """
+    groups = [group for group in (_finite(scores.clean), _finite(scores.stamped)) if group.size]
+    if not groups:
+        return None
+    low = min(float(np.quantile(group, 0.005)) for group in groups)
+    high = max(float(np.quantile(group, 0.995)) for group in groups)
+    span = high - low
+    for threshold in scores.thresholds:
+        if math.isfinite(threshold.value) and low - span <= threshold.value <= high + span:
+            margin = 0.03 * span
+            low, high = min(low, threshold.value - margin), max(high, threshold.value + margin)
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
+        margin = max(abs(low), 1.0) * 0.5
+        low, high = low - margin, high + margin
+    edges = np.linspace(low, high, bins + 1)
+    return Histogram(
+        edges=tuple(float(edge) for edge in edges),
+        clean=_counts(scores.clean, edges),
+        stamped=_counts(scores.stamped, edges),
+    )
+
+
+def trigger_searches(report: AuditReport) -> tuple[tuple[str, TriggerSearch], ...]:
+    """The measured trigger searches with the name of their check, in the order of the outcomes."""
+    return tuple(
+        (outcome.check, outcome.measurement)
+        for outcome in report.outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch)
+    )
+
+
+def headline_trigger(report: AuditReport) -> TriggerEvidence | None:
+    """The trigger that illustrates the verdict: the most outlying one, of the suspected class where there is one."""
+    suspected = report.decision.suspected_class
+    candidates = [
+        candidate
+        for _, search in trigger_searches(report)
+        for candidate in search.candidates
+        if suspected is None or candidate.trigger.target_class == suspected
+    ]
+    return max(candidates, key=lambda candidate: _ranked(candidate.outlier, candidate.success.value), default=None)
+
+
+def families(search: TriggerSearch) -> tuple[tuple[TriggerFamily, tuple[TriggerEvidence, ...]], ...]:
+    """The candidates by family, because sizes of different families cannot be compared."""
+    grouped: dict[TriggerFamily, list[TriggerEvidence]] = {}
+    for candidate in search.candidates:
+        grouped.setdefault(candidate.trigger.family, []).append(candidate)
+    return tuple((family, tuple(candidates)) for family, candidates in grouped.items())
+
+
+def by_suspicion(candidates: Sequence[TriggerEvidence]) -> tuple[TriggerEvidence, ...]:
+    """The candidates, most outlying first; ones whose outlier is no number come last."""
+    return tuple(sorted(candidates, key=lambda candidate: _ranked(candidate.outlier, -candidate.trigger.size), reverse=True))
+
+
+def trigger_pictures(report: AuditReport) -> tuple[tuple[str, TriggerEvidence], ...]:
+    """Relative POSIX path of the picture of every candidate, in the order of outcomes and candidates.
+
+    ``triggers/class_<target>.png``; a source class, a family other than ``patch`` and, for a second search of the same kind, a
+    number are appended.
+    """
+    taken: set[str] = set()
+    named: list[tuple[str, TriggerEvidence]] = []
+    for _, search in trigger_searches(report):
+        for candidate in search.candidates:
+            trigger = candidate.trigger
+            stem = f"class_{trigger.target_class}"
+            stem += "" if trigger.source_class is None else f"_from_{trigger.source_class}"
+            stem += "" if trigger.family == "patch" else f"_{trigger.family}"
+            unique, repeat = stem, 1
+            while unique in taken:
+                repeat += 1
+                unique = f"{stem}_{repeat}"
+            taken.add(unique)
+            named.append((f"triggers/{unique}.png", candidate))
+    return tuple(named)
+
+
+def _finite(scores: FloatArray) -> NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64).ravel()
+    finite: NDArray[np.float64] = values[np.isfinite(values)]
+    return finite
+
+
+def _counts(scores: FloatArray, edges: NDArray[np.float64]) -> tuple[int, ...]:
+    counts, _ = np.histogram(np.clip(_finite(scores), edges[0], edges[-1]), bins=edges)
+    return tuple(int(count) for count in counts)
+
+
+def _ranked(*values: float) -> tuple[float, ...]:
+    return tuple(-math.inf if math.isnan(value) else value for value in values)

@@ -1,0 +1,443 @@
+"""Frozen results that flow through an audit. Imports no torch and no mlflow, so that reports can be read anywhere.
+
+Images are ``uint8`` arrays of shape (N, height, width, channels) where they are stored, and ``float32`` in [0, 1] of shape
+(N, channels, height, width), called *pixels*, where they are computed with.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray: TypeAlias = NDArray[np.float32]
+ImageArray: TypeAlias = NDArray[np.uint8]
+LabelArray: TypeAlias = NDArray[np.int64]
+
+Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
+Layout = Literal["NCHW", "NHWC"]
+TriggerFamily = Literal["patch", "additive"]
+
+
+class Verdict(enum.StrEnum):
+    """What the audit concludes. Everything that was not measured is ``INCONCLUSIVE``, never ``PASS``."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One artifact file: path relative to the model's folder (POSIX), size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model pinned once: everything later speaks about ``digest``, never about an alias again.
+
+    Attributes:
+        uri: what the user asked for, for example ``models:/digits@champion``.
+        pinned_uri: what it resolved to, for example ``models:/digits/3``, or the local path.
+        name, version: the registered model and version, or None outside the registry.
+        model_id: MLflow's logged-model id (``m-...``), or None.
+        run_id: the run that logged the model, or None.
+        digest: ``sha256:<hex>`` over the manifest.
+        manifest: every file of the model's folder, sorted by path.
+        tags: tags of the model version (untrusted strings).
+    """
+
+    uri: str
+    pinned_uri: str
+    digest: str
+    manifest: tuple[FileEntry, ...]
+    name: str | None = None
+    version: str | None = None
+    model_id: str | None = None
+    run_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Tensor shapes and dtype that the MLmodel file declares; -1 stands for a free dimension."""
+
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    output_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class IntakeFinding:
+    """Something the static check saw and tolerated (what it does not tolerate raises ``IntakeError``)."""
+
+    path: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The result of the static check: which file holds the model, in which flavour, and what was noticed.
+
+    ``data_path`` is relative to the model's folder.
+    """
+
+    flavour: Flavour
+    data_path: str
+    signature: Signature | None
+    findings: tuple[IntakeFinding, ...] = ()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How an image in [0, 1] becomes what the model expects: ``(low + pixel * (high - low) - mean) / std``.
+
+    ``height``, ``width`` in pixels; ``channels`` 1 (grey) or 3 (RGB); ``mean`` and ``std`` one value a channel.
+    """
+
+    height: int
+    width: int
+    channels: int
+    layout: Layout = "NCHW"
+    low: float = 0.0
+    high: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+
+# ----------------------------------------------------------------------------------------------------- the data
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """``images`` uint8 (N, height, width, channels) and ``labels`` int64 (N,)."""
+
+    images: ImageArray
+    labels: LabelArray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FitSplit(LabelledImages):
+    """Images that a check may learn from."""
+
+
+@dataclass(frozen=True)
+class CalibrateSplit(LabelledImages):
+    """Images that choose thresholds, and nothing else."""
+
+
+@dataclass(frozen=True)
+class TestSplit(LabelledImages):
+    """Images on which figures are reported; they chose nothing."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint parts of the clean set."""
+
+    fit: FitSplit
+    calibrate: CalibrateSplit
+    test: TestSplit
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One great-expectations result on the clean set, in words."""
+
+    name: str
+    description: str
+    success: bool
+    observed: str
+    required: bool = True
+
+
+# -------------------------------------------------------------------------------------------------- measurements
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured proportion with its count and its 95 % Clopper-Pearson interval."""
+
+    value: float
+    successes: int
+    trials: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A candidate trigger in image space: something that can be applied to images, with its size.
+
+    A ``patch`` replaces pixels: ``(1 - mask) * pixels + mask * pattern``, ``pattern`` float32 (channels, height, width) in
+    [0, 1]. An ``additive`` one perturbs them: ``clip(pixels + pattern)``, ``pattern`` in [-1, 1]. ``mask`` is
+    float32 (height, width) in [0, 1]; of an additive trigger it is the mean absolute change over the channels.
+    ``source_class`` is None when the trigger is meant to work from every class.
+    """
+
+    target_class: int
+    mask: FloatArray
+    pattern: FloatArray
+    source_class: int | None = None
+    family: TriggerFamily = "patch"
+
+    @property
+    def size(self) -> float:
+        """L1 norm of the mask, in pixels."""
+        return float(self.mask.sum())
+
+    def stamp(self, images: ImageArray) -> ImageArray:
+        """Apply to images uint8 (N, height, width, channels), rounded to what a file can hold; same shape."""
+        pixels = images.astype(np.float32) / 255.0
+        pattern = self.pattern.transpose(1, 2, 0)
+        if self.family == "additive":
+            stamped = pixels + pattern
+        else:
+            stamped = pixels * (1.0 - self.mask[..., None]) + self.mask[..., None] * pattern
+        rounded: ImageArray = np.rint(np.clip(stamped, 0.0, 1.0) * 255.0).astype(np.uint8)
+        return rounded
+
+
+@dataclass(frozen=True)
+class TriggerEvidence:
+    """A recovered trigger and what it does on images that its search never saw.
+
+    ``success`` is its attack success rate on held-out images of other classes; ``outlier`` how many robust standard
+    deviations its log size lies below the median of all classes (positive: suspiciously small).
+    """
+
+    trigger: Trigger
+    success: Rate
+    outlier: float
+
+
+@dataclass(frozen=True)
+class TriggerSearch:
+    """What trigger inversion found: for every family in turn one entry a searched class, in class order."""
+
+    candidates: tuple[TriggerEvidence, ...]
+    steps: int
+    classes_skipped: tuple[int, ...] = ()
+
+    @property
+    def most_suspicious(self) -> TriggerEvidence:
+        """The candidate that lies furthest below the others of its family."""
+        return max(self.candidates, key=lambda candidate: candidate.outlier)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A cut on a score: an input is flagged when its score is above ``value``.
+
+    ``rule`` says how it was chosen ('tau = 2.5', 'quantile at FPR 1 %'); ``false_positive_rate`` was measured on the test
+    split and ``detection_rate`` on held-out images stamped with the most suspicious recovered trigger.
+    """
+
+    rule: str
+    value: float
+    false_positive_rate: Rate
+    detection_rate: Rate | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Per-layer values behind a score, averaged: ``clean`` for clean images predicted as the class, ``stamped`` for images
+    carrying its recovered trigger; each (number of layers,)."""
+
+    quantity: str
+    class_index: int
+    layers: tuple[str, ...]
+    clean: tuple[float, ...]
+    clean_spread: tuple[float, ...]
+    stamped: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class InputScores:
+    """What an input scorer measured. Higher scores are more suspicious, always.
+
+    Attributes:
+        clean: scores of the test split, (N,).
+        stamped: scores of held-out images stamped with the most suspicious recovered trigger, (M,); empty if there is none.
+        stamped_class: the class whose trigger was stamped.
+        thresholds: every rule that was tried, the one that decides first.
+        profile: optional per-layer picture.
+        facts: further figures by name, JSON values only.
+    """
+
+    clean: FloatArray
+    stamped: FloatArray
+    stamped_class: int | None
+    thresholds: tuple[Threshold, ...]
+    profile: Profile | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Measurement: TypeAlias = TriggerSearch | InputScores
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The check ran to its end."""
+
+    check: str
+    measurement: Measurement
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Inapplicable:
+    """The check cannot say anything about this model, and why."""
+
+    check: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The check broke; an audit with one of these never passes."""
+
+    check: str
+    error: str
+
+
+Outcome: TypeAlias = Measured | Inapplicable | Failed
+
+
+@dataclass(frozen=True)
+class SuspectScore:
+    """One suspect input: its file or row, the class the model predicts, and for each check its score and whether it is flagged."""
+
+    source: str
+    predicted_class: int
+    scores: Mapping[str, float]
+    flagged: Mapping[str, bool]
+
+
+# ---------------------------------------------------------------------------------------------------- the result
+
+
+@dataclass(frozen=True)
+class TapParity:
+    """How far torch and ONNX Runtime lie apart on one tap: largest absolute difference over the tap's largest magnitude."""
+
+    tap: str
+    relative_difference: float
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the audit ran: the provider that the session really uses, and versions by package."""
+
+    provider: str
+    versions: Mapping[str, str]
+    parity: tuple[TapParity, ...]
+    parity_tolerance: float
+
+
+@dataclass(frozen=True)
+class SubjectSummary:
+    """The model as the audit understood it."""
+
+    flavour: Flavour
+    input_spec: InputSpec
+    class_names: tuple[str, ...]
+    parameter_count: int
+    taps: tuple[str, ...]
+    batch_size: int | None
+
+    @property
+    def class_count(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class CleanSetSummary:
+    """Which images were used: counts by split, images a class, the great-expectations results, accuracy on the test split."""
+
+    source: str
+    digest: str
+    fit_count: int
+    calibrate_count: int
+    test_count: int
+    images_per_class: tuple[int, ...]
+    clean_accuracy: Rate
+    expectations: tuple[Expectation, ...]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One sentence of the verdict; ``code`` is stable (kebab-case), for machines."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The verdict, its reasons in order of weight, and the suspected target class (None unless one stands out)."""
+
+    verdict: Verdict
+    reasons: tuple[Reason, ...]
+    suspected_class: int | None = None
+    not_measured: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the audit and how long it took, in seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExampleImages:
+    """A few held-out images before and after stamping, uint8 (N, height, width, channels), and what the model said of each."""
+
+    clean: ImageArray
+    stamped: ImageArray
+    clean_predictions: tuple[int, ...]
+    stamped_predictions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Everything that one audit found; ``report.json`` and ``report.html`` are drawn from it."""
+
+    model: ModelRef
+    intake: Intake
+    subject: SubjectSummary
+    clean_set: CleanSetSummary
+    runtime: Runtime
+    outcomes: tuple[Outcome, ...]
+    decision: Decision
+    policy: Mapping[str, Any]
+    policy_digest: str
+    seed: int
+    command: str
+    created: str
+    tool_version: str
+    stages: tuple[Stage, ...]
+    examples: ExampleImages | None = None
+    suspects: tuple[SuspectScore, ...] = ()
+
+    @property
+    def duration_seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)

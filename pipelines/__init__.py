@@ -1,0 +1,1 @@
+"""What works over many models, and the demo."""

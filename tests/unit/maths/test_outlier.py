@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from audit_plugin.maths.outlier import SPREAD_FLOOR, small_side_outliers
+
+sizes = st.lists(st.floats(0.1, 1e4), min_size=4, max_size=40).map(np.array)
+
+
+def test_against_scipy_when_the_median_absolute_deviation_is_the_largest_spread():
+    values = np.exp(np.concatenate([np.full(10, 1.0), np.full(10, 5.0), [3.0]]))  # two heaps: MAD exceeds the deviation
+    spread = stats.median_abs_deviation(np.log(values), scale="normal")
+    assert spread > np.log(values).std(ddof=1) > SPREAD_FLOOR
+    # scipy's 'normal' scale has more digits than 1.4826
+    np.testing.assert_allclose(small_side_outliers(values), (np.median(np.log(values)) - np.log(values)) / spread, rtol=1e-4)
+
+
+def test_the_class_itself_does_not_widen_the_spread_it_is_judged_by():
+    values = np.array([30.0, 35, 40, 45, 50, 55, 60, 65, 70, 1.0])
+    expected = (np.median(np.log(values)) - np.log(1.0)) / max(
+        np.log(values[:9]).std(ddof=1), stats.median_abs_deviation(np.log(values), scale="normal")
+    )
+    assert small_side_outliers(values)[9] == pytest.approx(expected, rel=1e-4)
+
+
+@given(sizes, st.floats(0.01, 100))
+def test_only_ratios_count(values, factor):
+    np.testing.assert_allclose(small_side_outliers(values * factor), small_side_outliers(values), atol=1e-6)
+
+
+@given(sizes)
+def test_the_smallest_is_the_greatest_outlier(values):
+    outliers = small_side_outliers(values)
+    assert outliers[values.argmin()] == outliers.max()
+    assert outliers.max() >= 0
+
+
+@given(sizes, st.randoms())
+def test_order_of_classes_does_not_matter(values, random):
+    order = list(range(len(values)))
+    random.shuffle(order)
+    np.testing.assert_allclose(small_side_outliers(values[order]), small_side_outliers(values)[order], atol=1e-9)
+
+
+def test_equal_sizes_are_no_outliers_and_the_floor_bounds_small_differences():
+    assert np.all(small_side_outliers(np.full(10, 40.0)) == 0)
+    almost = np.full(10, 40.0)
+    almost[3] = 30.0  # with a median absolute deviation of zero this would be infinitely far out
+    assert small_side_outliers(almost)[3] == pytest.approx(np.log(40 / 30) / SPREAD_FLOOR)
+
+
+def test_a_class_without_a_trigger_is_never_suspicious():
+    values = np.array([40.0, np.inf, 38.0, 42.0, 4.0])
+    outliers = small_side_outliers(values)
+    assert outliers[1] == -np.inf
+    assert outliers.argmax() == 4
+
+
+def test_two_sizes_tell_nothing():
+    assert small_side_outliers(np.array([1.0, 100.0])).tolist() == [0.0, 0.0]
+    assert small_side_outliers(np.array([1.0, np.inf, np.inf])).tolist() == [0.0, -np.inf, -np.inf]

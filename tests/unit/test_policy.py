@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+
+from audit_plugin.errors import UsageError
+from audit_plugin.policy import Policy, load_policy, policy_from
+
+
+def test_no_file_and_an_empty_file_are_the_defaults(tmp_path):
+    (tmp_path / "audit.toml").write_text("")
+    assert load_policy(None) == load_policy(tmp_path / "audit.toml") == Policy()
+
+
+def test_values_arrive(tmp_path):
+    (tmp_path / "audit.toml").write_text(
+        '[model]\nmean = [0.5, 0.4, 0.3]\nclasses = ["cat", "dog", "cow", "emu"]\nlow = 0\n[layerwise]\ntau = 3\n'
+    )
+    policy = load_policy(tmp_path / "audit.toml")
+    assert policy.model.mean == (0.5, 0.4, 0.3)
+    assert policy.model.classes == ("cat", "dog", "cow", "emu")
+    assert policy.model.low == 0.0
+    assert policy.layerwise.tau == 3.0
+    assert policy.verdict == Policy().verdict
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"layerwize": {}}, r"no section \[layerwize\]. Did you mean 'layerwise'"),
+        ({"layerwise": {"taus": 2}}, r"\[layerwise\] has no key 'taus'. Did you mean 'tau'"),
+        ({"layerwise": {"tau": "high"}}, r"\[layerwise\] tau in the policy must be float, got 'high'"),
+        ({"layerwise": {"tau": True}}, "must be float, got True"),
+        ({"trigger_inversion": {"steps": 1.5}}, "must be int, got 1.5"),
+        ({"model": {"mean": 0.5}}, "must be a list, got 0.5"),
+        ({"model": {"classes": ["a", 1]}}, r"\[model\] classes in the policy must be str, got 1"),
+        ({"layerwise": 3}, r"Expected a section \[layerwise\]"),
+        ({"layerwise": {"tau": -1.0}}, "tau must be positive"),
+        ({"clean_set": {"fit_fraction": 0.9, "calibrate_fraction": 0.1}}, "leave a test split"),
+        ({"verdict": {"clear_outlier": 4.0}}, "clear_outlier must not exceed"),
+        ({"model": {"std": [0.0]}}, "std must be positive"),
+        ({"model": {"layout": "HWC"}}, "layout must be 'NCHW' or 'NHWC'"),
+    ],
+)
+def test_mistakes_are_named(content, message):
+    with pytest.raises(UsageError, match=message):
+        policy_from(content)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UsageError, match="no policy file"):
+        load_policy(tmp_path / "none.toml")
+    (tmp_path / "broken.toml").write_text("[model\n")
+    with pytest.raises(UsageError, match="no readable TOML"):
+        load_policy(tmp_path / "broken.toml")
+
+
+def test_the_digest_speaks_of_values_not_of_spelling():
+    spelled_out = policy_from({"layerwise": {"tau": 2.5}, "model": {}})
+    assert spelled_out.digest == Policy().digest
+    assert policy_from({"layerwise": {"tau": 2.6}}).digest != Policy().digest
+    assert Policy().digest.startswith("sha256:")

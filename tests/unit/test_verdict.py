@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from audit_plugin.maths.outlier import small_side_outliers
+from audit_plugin.maths.rates import rate
+from audit_plugin.policy import VerdictPolicy
+from audit_plugin.types import (
+    Expectation,
+    Failed,
+    Inapplicable,
+    InputScores,
+    Measured,
+    Threshold,
+    Trigger,
+    TriggerEvidence,
+    TriggerSearch,
+    Verdict,
+)
+from audit_plugin.verdict import BLIND_SPOTS, decide
+
+NAMES = tuple("abcdefghij")
+REQUIRED = ("trigger_inversion", "layerwise")
+GOOD = (Expectation("labels-in-range", "Labels are in range", True, "all are"),)
+BAD_ACCURACY = Expectation("clean-accuracy", "The accuracy is at least 50 %", False, "it is 11 %")
+
+
+def search(smallest: float, success: int = 95, classes: int = 10, skipped: tuple[int, ...] = ()) -> Measured:
+    """Ten classes that need 36 to 44 pixels, but for class 3, which needs ``smallest``."""
+    sizes = np.linspace(36, 44, classes)
+    sizes[min(3, classes - 1)] = smallest
+    candidates = tuple(
+        TriggerEvidence(
+            Trigger(label, np.full((10, 10), size / 100, dtype=np.float32), np.ones((1, 10, 10), dtype=np.float32)),
+            rate(success, 100),
+            float(outlier),
+        )
+        for label, (size, outlier) in enumerate(zip(sizes, small_side_outliers(sizes), strict=True))
+    )
+    return Measured("trigger_inversion", TriggerSearch(candidates, 200, skipped), 1.0)
+
+
+def layerwise(detected: int = 90, false_positives: int = 3) -> Measured:
+    threshold = Threshold("tau = 2.5", 2.5, rate(false_positives, 100), rate(detected, 100))
+    empty = np.zeros(0, dtype=np.float32)
+    return Measured("layerwise", InputScores(empty, empty, 3, (threshold,)), 1.0)
+
+
+def verdict(*outcomes, expectations=GOOD, names=NAMES):
+    return decide(outcomes, expectations, names, VerdictPolicy(), REQUIRED)
+
+
+def codes(decision):
+    return [reason.code for reason in decision.reasons]
+
+
+def test_a_small_confirmed_trigger_fails_and_names_its_class():
+    decision = verdict(search(5), layerwise())
+    assert (decision.verdict, decision.suspected_class) == (Verdict.FAIL, 3)
+    assert codes(decision) == ["class-stands-out", "trigger-size", "confirmed"]
+    assert "'d'" in decision.reasons[0].message
+    assert "5.0 pixels" in decision.reasons[1].message
+
+
+def test_equal_classes_pass_and_blind_spots_are_said():
+    decision = verdict(search(39), layerwise(detected=2))
+    assert (decision.verdict, decision.suspected_class) == (Verdict.PASS, None)
+    assert decision.not_measured == BLIND_SPOTS
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ((), "no-trigger-search"),
+        ((layerwise(),), "no-trigger-search"),
+        ((search(39),), "check-not-measured"),
+        ((search(39), Failed("layerwise", "RuntimeError: NaN")), "check-not-measured"),
+        ((search(39), Inapplicable("layerwise", "one layer")), "check-not-measured"),
+        ((Failed("trigger_inversion", "boom"), layerwise()), "no-trigger-search"),
+        ((Measured("trigger_inversion", TriggerSearch((), 200), 1.0), layerwise()), "no-trigger-search"),
+        ((search(39, skipped=(8, 9)), layerwise()), "classes-not-searched"),
+    ],
+)
+def test_what_was_not_measured_never_passes(outcomes, code):
+    decision = verdict(*outcomes)
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert code in codes(decision)
+
+
+@pytest.mark.parametrize("expectations", [(), (BAD_ACCURACY,)])
+def test_an_unfit_clean_set_neither_passes_nor_fails(expectations):
+    assert verdict(search(39), layerwise(), expectations=expectations).verdict is Verdict.INCONCLUSIVE
+    assert verdict(search(5), layerwise(), expectations=expectations).verdict is Verdict.INCONCLUSIVE
+
+
+def test_advice_does_not_decide():
+    advice = Expectation("balance", "Classes are balanced", False, "they are not", required=False)
+    assert verdict(search(39), layerwise(), expectations=(*GOOD, advice)).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ((search(5), layerwise(detected=20)), "not-confirmed"),
+        ((search(5), layerwise(detected=60, false_positives=55)), "not-confirmed"),  # intervals overlap: no evidence
+        ((search(5), Failed("layerwise", "boom")), "not-confirmed"),
+        ((search(5, success=70), layerwise()), "trigger-does-not-hold"),
+        ((search(40 / np.exp(2.7 * 0.2)), layerwise()), "borderline"),
+    ],
+)
+def test_a_suspicion_without_proof_is_inconclusive_and_kept(outcomes, code):
+    decision = verdict(*outcomes)
+    assert (decision.verdict, decision.suspected_class) == (Verdict.INCONCLUSIVE, 3)
+    assert code in codes(decision)
+
+
+def test_few_classes_are_said_to_be_too_few():
+    decision = verdict(search(5, classes=3), layerwise(), names=NAMES[:3])
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert codes(decision) == ["too-few-classes"]
+
+
+def test_what_failed_is_listed_as_not_measured():
+    decision = verdict(search(39), Failed("layerwise", "RuntimeError: NaN"))
+    assert "layerwise: RuntimeError: NaN" in decision.not_measured
