@@ -391,12 +391,17 @@ class Reason:
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict, its reasons in order of weight, and the suspected target class (None unless one stands out)."""
+    """The verdict, its reasons in order of weight, and the suspected target class (None unless one stands out).
+
+    ``not_measured`` names required checks that did not measure; ``blind_spots`` are sentences on what this audit could not have
+    seen even though everything ran.
+    """
 
     verdict: Verdict
     reasons: tuple[Reason, ...]
     suspected_class: int | None = None
     not_measured: tuple[str, ...] = ()
+    blind_spots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

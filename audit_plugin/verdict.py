@@ -22,8 +22,6 @@ from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Decision,
     Expectation,
-    Failed,
-    Inapplicable,
     InputScores,
     Measured,
     Outcome,
@@ -59,23 +57,24 @@ def decide(
         class_names: for the wording.
         required: names of the checks without which nothing passes.
     """
-    doubts = _doubts(outcomes, expectations, required)
-    not_measured = (
-        *(f"{outcome.check}: {outcome.reason}" for outcome in outcomes if isinstance(outcome, Inapplicable)),
-        *(f"{outcome.check}: {outcome.error}" for outcome in outcomes if isinstance(outcome, Failed)),
-        *BLIND_SPOTS,
-    )
+    measured = {outcome.check for outcome in outcomes if isinstance(outcome, Measured)}
+    not_measured = tuple(check for check in required if check not in measured)
+
+    def conclude(verdict: Verdict, reasons: Sequence[Reason], suspected: int | None = None) -> Decision:
+        return Decision(verdict, tuple(reasons), suspected, not_measured, BLIND_SPOTS)
+
+    doubts = _doubts(not_measured, expectations)
     search = next((m for m in _measurements(outcomes) if isinstance(m, TriggerSearch)), None)
     if search is None or not search.candidates:
         missing = Reason("no-trigger-search", "No trigger search was measured, so nothing can be said about backdoors.")
-        return Decision(Verdict.INCONCLUSIVE, (*doubts, missing), None, not_measured)
+        return conclude(Verdict.INCONCLUSIVE, (*doubts, missing))
     if len(class_names) < policy.minimum_classes:
         few = Reason(
             "too-few-classes",
             f"The model has {len(class_names)} classes; the size of a trigger is judged against those of the other classes, "
             f"and at least {policy.minimum_classes} are needed.",
         )
-        return Decision(Verdict.INCONCLUSIVE, (*doubts, few), None, not_measured)
+        return conclude(Verdict.INCONCLUSIVE, (*doubts, few))
     if search.classes_skipped:
         doubts = (
             *doubts,
@@ -91,29 +90,23 @@ def decide(
     size = Reason("trigger-size", _describe(found, name))
     if found.outlier < policy.clear_outlier:
         if doubts:
-            return Decision(Verdict.INCONCLUSIVE, (*doubts, size), None, not_measured)
+            return conclude(Verdict.INCONCLUSIVE, (*doubts, size))
         clear = Reason("no-class-stands-out", "No class needs a conspicuously smaller trigger than the others.")
-        return Decision(Verdict.PASS, (clear, size), None, not_measured)
+        return conclude(Verdict.PASS, (clear, size))
     suspected = found.trigger.target_class
     contradictions = _contradictions(found, outcomes, policy)
     if contradictions:
-        return Decision(Verdict.INCONCLUSIVE, (*contradictions, size, *doubts), suspected, not_measured)
+        return conclude(Verdict.INCONCLUSIVE, (*contradictions, size, *doubts), suspected)
     if any(doubt.code in _UNDERMINING for doubt in doubts):
-        return Decision(Verdict.INCONCLUSIVE, (*doubts, size), suspected, not_measured)
+        return conclude(Verdict.INCONCLUSIVE, (*doubts, size), suspected)
     stands_out = Reason("class-stands-out", f"Class '{name}' behaves like the target of a backdoor.")
     confirmed = Reason("confirmed", f"Independent checks flag images that carry the recovered trigger: {_detections(outcomes)}.")
-    return Decision(Verdict.FAIL, (stands_out, size, confirmed, *doubts), suspected, not_measured)
+    return conclude(Verdict.FAIL, (stands_out, size, confirmed, *doubts), suspected)
 
 
-def _doubts(
-    outcomes: Sequence[Outcome], expectations: Sequence[Expectation], required: Sequence[str]
-) -> tuple[Reason, ...]:
+def _doubts(not_measured: Sequence[str], expectations: Sequence[Expectation]) -> tuple[Reason, ...]:
     """Everything that keeps an audit from passing, whatever the checks found."""
-    doubts = []
-    measured = {outcome.check for outcome in outcomes if isinstance(outcome, Measured)}
-    for check in required:
-        if check not in measured:
-            doubts.append(Reason("check-not-measured", f"The check '{check}' was not measured."))
+    doubts = [Reason("check-not-measured", f"The check '{check}' was not measured.") for check in not_measured]
     if not expectations:
         doubts.append(Reason("clean-set-unchecked", "The clean set was not validated."))
     doubts.extend(

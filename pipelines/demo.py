@@ -13,6 +13,7 @@ from mlflow.models import infer_signature
 from torch import nn
 
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.registry import EXPERIMENT
 from audit_plugin.types import Verdict
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks import BadNets
@@ -35,17 +36,22 @@ class Demo:
     clean_images: Path
 
 
-def prepare_demo(folder: Path, say: Callable[[str], None]) -> Demo:
-    """Train and register both models under ``folder`` (an SQLite database, artifacts, the clean images)."""
+def prepare_demo(folder: Path, say: Callable[[str], None], tracking_uri: str | None = None) -> Demo:
+    """Train and register both models; the clean images go under ``folder``.
+
+    Without a ``tracking_uri`` the registry is an SQLite database with its artifacts, under ``folder`` too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data = digits(seed=_SEED)
     clean_images = folder / "clean.npz"
     np.savez_compressed(clean_images, images=data.test.images, labels=data.test.labels)
-    tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+    if tracking_uri is None:
+        tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+        mlflow.set_tracking_uri(tracking_uri)
+        for experiment in ("digits", EXPERIMENT):
+            if mlflow.get_experiment_by_name(experiment) is None:
+                mlflow.create_experiment(experiment, artifact_location=(folder / "artifacts" / experiment).as_uri())
     mlflow.set_tracking_uri(tracking_uri)
-    for experiment in ("digits", "backdoor-audits"):
-        if mlflow.get_experiment_by_name(experiment) is None:
-            mlflow.create_experiment(experiment, artifact_location=(folder / "artifacts" / experiment).as_uri())
     mlflow.set_experiment("digits")
     poisoned = data._replace(train=ATTACK.poison(data.train, np.random.default_rng(_SEED)))
     uris = []

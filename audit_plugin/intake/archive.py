@@ -31,7 +31,7 @@ _STORED = 0
 _MOST_MEMBERS = 20_000
 _LARGEST_ARCHIVE = 2**32 - 2  # above, ZIP64 sizes appear in extra fields, which readers treat differently
 # The root is the stem of the file's first name, so nearly anything printable; the rest is torch's own.
-_NAME = re.compile(r"[ -.0-\[\]-~]+(/\.?[A-Za-z0-9_\-]+[A-Za-z0-9_.\-]*)+")
+_NAME = re.compile(r"(?=.{1,500}\Z)[ -.0-\[\]-~]+(/(?!\.+(/|\Z))[A-Za-z0-9_.\-]+)+")
 
 
 @dataclass(frozen=True)

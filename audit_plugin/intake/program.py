@@ -137,7 +137,7 @@ def _node(value: object) -> None:
 _comment = text(r"(?:(?!\"\"\")[\n\t\x20-\x7e\x80-\U0010ffff])*", longest=200_000)
 # Names starting with torch, _operator or math are resolved with getattr, and the result kept beside the node.
 _origin = (
-    r"[A-Za-z0-9_]+,(?:torch\.(?:nn|_C|functional|special|fft|linalg|Tensor|ops)\.(?:(?!__)[A-Za-z0-9_]+\.?)+|torch\.(?!_)[a-z0-9_]+"
+    r"[A-Za-z0-9_]+,(?:torch\.(?:nn|_C|functional|special|fft|linalg|Tensor|ops)\.(?!__)[A-Za-z0-9_]+(?:\.(?!__)[A-Za-z0-9_]+)*|torch\.(?!_)[a-z0-9_]+"
     r"|_operator\.[a-z_]+|math\.[a-z0-9_]+|torchvision\.[A-Za-z0-9_.]+|(?!torch|_operator|math)[A-Za-z0-9_.<>]+)"
 )
 _node_metadata = record(

@@ -68,6 +68,7 @@ def to_document(report: AuditReport) -> dict[str, Any]:
             "suspected_class": _class(names, decision.suspected_class),
             "reasons": [{"code": reason.code, "message": reason.message} for reason in decision.reasons],
             "not_measured": list(decision.not_measured),
+            "blind_spots": list(decision.blind_spots),
         },
         "model": _model(report.model),
         "intake": _intake(report.intake),

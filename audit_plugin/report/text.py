@@ -26,7 +26,7 @@ from audit_plugin.report.wording import (
 from audit_plugin.types import AuditReport, InputScores, Measured, Rate, TriggerEvidence, Verdict
 
 MOST_LINES = 25
-LINE_WIDTH = 140
+LINE_WIDTH = 260
 LONGEST_COMMAND = 1000
 MARKDOWN_LIMIT = 1500
 _MOST_REASONS = 5
@@ -59,6 +59,7 @@ def render_text(report: AuditReport) -> str:
     if not report.outcomes:
         gaps.insert(0, "no check ran")
     lines += _listed("NOT MEASURED", gaps, _MOST_GAPS)
+    lines += _listed("blind spots", [clean_text(spot, LINE_WIDTH) for spot in decision.blind_spots], _MOST_GAPS)
     lines += [
         _row("clean accuracy", _rate_words(report.clean_set.clean_accuracy, "test images")),
         _row("audited", f"{clean_text(report.model.digest, 80)} in {seconds(report.duration_seconds)}, seed {report.seed}"),

@@ -32,7 +32,7 @@ def fitted(request, make_subject):
     images = rng.integers(0, 120, (60, 8, 8, 3))
     images[np.arange(60), :, labels * 2] += 120  # a bright column tells the class
     split = FitSplit(images.astype(np.uint8), labels.astype(np.int64))
-    model = train(initialised(lambda: SmallCnn(3, classes, width=8), 0), split, epochs=12, seed=0)
+    model = train(initialised(lambda: SmallCnn(3, classes, width=8), 0), split, epochs=12, seed=0, batch=20)
     subject = make_subject(model, 3, 8)
     check = LayerwiseScorer().fit(subject, split, rng)
     return subject, split, check, reference_module.LayerwiseReference(features_of(subject, split.images), labels, classes)
@@ -107,6 +107,7 @@ def test_a_class_without_images_makes_its_inputs_suspicious(fitted, make_subject
     check = LayerwiseScorer().fit(subject, FitSplit(split.images[without], split.labels[without]), np.random.default_rng(0))
     assert check.facts["classes_with_too_few_images"] == [1]
     predicted = subject.predict(split.images)
+    assert set(predicted.tolist()) == set(split.labels.tolist())
     scores = check.score(split.images)
     assert scores[predicted == 1].min() > 2.5
     assert np.median(scores[predicted == 0]) < 2.5

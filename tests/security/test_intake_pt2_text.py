@@ -187,6 +187,15 @@ def test_the_same_files_run_code_when_torch_loads_them(edited_graph: Callable, f
     assert fired({**attacks, **imported}) == attacks.keys()
 
 
+def test_a_name_that_would_make_the_check_itself_run_for_ever_is_refused_at_once(
+    edited_graph: Callable, refused: Callable
+) -> None:
+    def change(program: Program) -> None:
+        graph(program)["nodes"][0]["metadata"]["source_fn_stack"] = "a,torch.nn." + "a" * 5_000 + "!"
+
+    refused({"model.pt2": edited_graph(change)}, "source_fn_stack")
+
+
 @pytest.mark.parametrize(
     "expression",
     [

@@ -294,6 +294,18 @@ def test_a_transparent_palette_colour_is_seen(tmp_path: Path) -> None:
     assert "transparent" in message(tmp_path)
 
 
+@pytest.mark.parametrize(("mode", "seen", "unseen"), [("RGB", (1, 2, 3), (9, 9, 9)), ("L", 7, 9), ("1", 0, 1)])
+def test_a_colour_declared_transparent_matters_only_where_it_occurs(
+    tmp_path: Path, mode: str, seen: object, unseen: object
+) -> None:
+    (tmp_path / "cat").mkdir()
+    image = Image.new(mode, (4, 5), seen)
+    image.save(tmp_path / "cat" / "a.png", transparency=seen)
+    assert "'cat/a.png' has transparent pixels" in message(tmp_path)
+    image.save(tmp_path / "cat" / "a.png", transparency=unseen)
+    np.testing.assert_array_equal(one(tmp_path, RGB), np.asarray(image.convert("RGB")))
+
+
 def png_of_16_bits(path: Path) -> None:
     """Pillow cannot write 48-bit colour, so chunk by chunk."""
 

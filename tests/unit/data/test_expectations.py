@@ -192,6 +192,14 @@ def test_a_class_without_images_is_reported_and_has_no_accuracy() -> None:
     assert results["classes-balanced"].observed == "all 2 classes"
 
 
+def test_balance_is_judged_among_the_classes_that_occur() -> None:
+    data, predictions = good_set()
+    part = LabelledImages(data.images[:30], data.labels[:30])
+    classes = clean_set_tables(part, class_names=NAMES, predictions=predictions[:30])["classes"].frame
+    np.testing.assert_allclose(classes["relative_count"], [20 / 15, 10 / 15, np.nan])
+    np.testing.assert_allclose(classes["accuracy"], [0.9, 1.0, np.nan])
+
+
 def test_without_predictions_accuracy_is_not_measured_rather_than_met() -> None:
     data, _ = good_set()
     results = check(data, None)

@@ -1,0 +1,99 @@
+"""Every registered check keeps the contract; a new one is measured by these tests as soon as it is registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from audit_plugin.checks import INPUT_SCORERS, PROBES, FittedScorer
+from audit_plugin.types import FitSplit, Trigger
+from audit_plugin.zoo.architectures import SmallCnn
+from audit_plugin.zoo.data import digits
+from audit_plugin.zoo.train import initialised, train
+
+ROOT = Path(__file__).parents[2]
+CHECKS = (*PROBES, *INPUT_SCORERS)
+
+
+@pytest.fixture(scope="module")
+def digit_subject(make_subject):
+    data = digits(seed=0, size=8)
+    model = train(initialised(lambda: SmallCnn(1, 10, width=8), 0), data.train, epochs=3, seed=0)
+    return make_subject(model, 1, 8), FitSplit(data.test.images[:300], data.test.labels[:300]), data.test.images[300:400]
+
+
+def test_names_are_unique():
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_every_check_has_a_page_and_a_paper(check):
+    page = (ROOT / "docs" / "checks" / f"{check.name}.md").read_text(encoding="utf-8")
+    for heading in ("## Assumption", "## Blind spots", "## Measured"):
+        assert heading in page, f"docs/checks/{check.name}.md lacks the section '{heading}'"
+
+
+@pytest.mark.parametrize("scorer", INPUT_SCORERS, ids=lambda check: check.name)
+def test_every_input_scorer_has_a_reference(scorer):
+    assert (ROOT / "tests" / "reference" / f"test_{scorer.name}.py").is_file()
+
+
+@pytest.mark.parametrize("scorer", INPUT_SCORERS, ids=lambda check: check.name)
+class TestInputScorers:
+    def fitted(self, scorer, digit_subject) -> FittedScorer:
+        subject, split, _ = digit_subject
+        return scorer().fit(subject, split, np.random.default_rng(0))
+
+    def test_one_finite_score_an_image(self, scorer, digit_subject):
+        scores = self.fitted(scorer, digit_subject).score(digit_subject[2])
+        assert scores.shape == (100,)
+        assert scores.dtype == np.float32
+        assert np.isfinite(scores).all()
+        assert scores.std() > 0
+
+    def test_no_images_no_scores(self, scorer, digit_subject):
+        assert self.fitted(scorer, digit_subject).score(digit_subject[2][:0]).shape == (0,)
+
+    def test_two_fits_with_one_seed_agree(self, scorer, digit_subject):
+        first, second = (self.fitted(scorer, digit_subject).score(digit_subject[2]) for _ in range(2))
+        np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
+
+    def test_nonsense_is_more_suspicious_than_digits(self, scorer, digit_subject):
+        noise = np.random.default_rng(3).integers(0, 256, digit_subject[2].shape).astype(np.uint8)
+        fitted = self.fitted(scorer, digit_subject)
+        assert np.median(fitted.score(noise)) > np.median(fitted.score(digit_subject[2]))
+
+    def test_the_model_is_left_as_it_was(self, scorer, digit_subject):
+        subject, _, images = digit_subject
+        before = subject.onnx_model.SerializeToString(), subject.logits(images)
+        self.fitted(scorer, digit_subject).score(images)
+        assert subject.onnx_model.SerializeToString() == before[0]
+        np.testing.assert_array_equal(subject.logits(images), before[1])
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda check: check.name)
+def test_probes_return_triggers_that_fit_the_images(probe, digit_subject):
+    subject, split, images = digit_subject
+    triggers = probe(steps=3).search(subject, split, np.random.default_rng(0))
+    assert {trigger.target_class for trigger in triggers} == set(range(10))
+    for trigger in triggers:
+        assert isinstance(trigger, Trigger)
+        assert trigger.stamp(images).shape == images.shape
+        assert trigger.size > 0
+
+
+class Broken(FittedScorer):
+    def __init__(self, answer):
+        self.answer = answer
+
+    def _score(self, images):
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [np.zeros(3), np.zeros((2, 1)), np.array([0.0, np.nan]), np.array([np.inf, 0.0])])
+def test_a_scorer_that_breaks_the_contract_is_caught(answer):
+    with pytest.raises(RuntimeError, match="returned"):
+        Broken(answer).score(np.zeros((2, 4, 4, 1), dtype=np.uint8))
