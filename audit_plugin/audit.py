@@ -7,7 +7,7 @@ import datetime
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _PARITY_IMAGES = 8
 _EXAMPLES = 6
+_STAMPED_IMAGES_PER_STEP, _FEWEST_IMAGES_PER_STEP = 480, 8  # with many classes each sees fewer images a step
 _PACKAGES = ("mlflow-backdoor-audit", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "mlflow", "numpy")
 
 
@@ -135,15 +136,13 @@ def audit(
         )
 
     with clock.stage("Exporting to ONNX and comparing with torch"):
-        subject = prepare_subject(
-            network, spec, flavour=intake.flavour, class_names=class_names, require_gpu=require_gpu
-        )
+        subject = prepare_subject(network, spec, flavour=intake.flavour, class_names=class_names, require_gpu=require_gpu)
         parity = check_parity(subject, splits.test.images[:_PARITY_IMAGES])
 
     with clock.stage("Measuring the clean accuracy"):
         clean_set = _measure_clean_set(subject, loaded, splits, str(clean), policy)
 
-    probe, scorers = checks_of(policy, subject.class_count, clock)
+    probe, scorers = checks_of(policy, subject.class_count, clock.advance)
     names = [probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
@@ -153,7 +152,7 @@ def audit(
     else:
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
-            outcomes.append(run_check(probe.name, lambda: measure_probe(probe, subject, splits, rng)))
+            outcomes.append(run_check(probe.name, lambda: _search(probe, subject, splits, rng, policy)))
         found = _most_suspicious(outcomes)
         predictions = subject.predict(splits.test.images)
         stamped, examples = _stamp(found, subject, splits, predictions)
@@ -186,17 +185,23 @@ def audit(
     )
 
 
-def checks_of(policy: Policy, class_count: int, clock: Progress) -> tuple[Probe, list[InputScorer]]:
+def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]) -> tuple[Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
     probe = TriggerInversion(
         steps=search.steps,
-        images_per_step=search.images_per_step,
+        images_per_step=min(search.images_per_step, max(_STAMPED_IMAGES_PER_STEP // class_count, _FEWEST_IMAGES_PER_STEP)),
         flip_rate=search.flip_rate,
         classes=range(min(class_count, search.maximum_classes)),
-        progress=clock.advance,
+        progress=advance,
     )
     return probe, [LayerwiseScorer(tau=policy.layerwise.tau)]
+
+
+def _search(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
+    search = policy.trigger_inversion
+    doubtful = (search.doubtful_from, search.doubtful_to)
+    return measure_probe(probe, subject, splits, rng, searches=search.searches, doubtful=doubtful)
 
 
 class _Clock:
@@ -223,9 +228,7 @@ def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> Path:
     return convert_pickle(folder, intake.data_path, shape, folder.parent / "unpickled")
 
 
-def _measure_clean_set(
-    subject: Subject, loaded: LoadedImages, splits: Splits, source: str, policy: Policy
-) -> CleanSetSummary:
+def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, source: str, policy: Policy) -> CleanSetSummary:
     """Accuracy on the test split and the expectations on the whole set."""
     wanted = policy.clean_set.minimum_clean_accuracy
     if policy.model.clean_accuracy is not None:
@@ -256,8 +259,8 @@ def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
     for expectation in expectations:
         if expectation.name == "clean-accuracy" and not expectation.success:
             return (
-                f"Not run: {expectation.description}, but {expectation.observed}. The preprocessing or the labels do not match the "
-                "model; set [model] mean, std, low, high or classes in the policy."
+                f"Not run: {expectation.description} But {expectation.observed}. "
+                "Set [model] mean, std, low, high or classes in the policy to what the model was trained with."
             )
     return None
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import click
 import typer
@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from audit_plugin.errors import AuditError, UsageError, nearest
-from audit_plugin.types import AuditReport, Verdict
+from audit_plugin.types import AuditReport, ReportFormat, Verdict
 
 if TYPE_CHECKING:
     from audit_plugin.registry import LoggedReport
@@ -34,7 +34,7 @@ EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
 EXIT_ERROR = 2
 EXIT_USAGE = 4
 
-FORMATS = ("text", "json", "html")
+FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 _EXAMPLES = """
 
@@ -73,12 +73,14 @@ def run(
         str,
         typer.Argument(
             metavar="MODEL_URI",
-            help="models:/name/1, models:/name@alias, models:/m-<id>, runs:/<run>/<name>, a local folder, or an .onnx or .pt2 file.",
+            help="models:/name/1, models:/name@alias, models:/m-<id>, runs:/<run>/<name>, a local folder, an .onnx or .pt2 file.",
         ),
     ],
     clean: Annotated[
         str,
-        typer.Option(help="Clean labelled images: a folder a class, an .npz (uint8 NHWC 'images', 'labels'), or an artifact URI."),
+        typer.Option(
+            help="Clean labelled images: a folder a class, an .npz (uint8 NHWC 'images', 'labels'), or an artifact URI."
+        ),
     ],
     suspects: Annotated[
         str | None, typer.Option(help="Inputs to score one by one: a folder, an .npz, or an artifact URI; labels not needed.")
@@ -170,7 +172,7 @@ def audit_and_publish(
     suspects: str | None = None,
     policy_file: Path | None = None,
     output: Path | None = None,
-    formats: Sequence[str] = ("text",),
+    formats: Sequence[ReportFormat] = ("text",),
     seed: int = 0,
     log: LogChoice = LogChoice.AUTO,
     allow_pickle: bool = False,
@@ -245,7 +247,9 @@ def _main(arguments: Sequence[str]) -> int:
         return EXIT_ERROR
     except Exception as error:
         logging.getLogger(__name__).debug("Unexpected error.", exc_info=True)
-        _complain(f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. Run again with --verbose for details.")
+        _complain(
+            f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. Run again with --verbose for details."
+        )
         return EXIT_ERROR
     return code if isinstance(code, int) else 0
 
@@ -254,11 +258,12 @@ def _complain(message: str) -> None:
     _stderr.print(f"error: {message}", markup=False, style="bold red", soft_wrap=True)
 
 
-def _parse_formats(formats: str, output: Path | None) -> tuple[str, ...]:
-    wanted = tuple(part.strip() for part in formats.split(",") if part.strip())
-    for name in wanted:
+def _parse_formats(formats: str, output: Path | None) -> tuple[ReportFormat, ...]:
+    named = [part.strip() for part in formats.split(",") if part.strip()]
+    for name in named:
         if name not in FORMATS:
             raise UsageError(f"There is no format '{name}'.{nearest(name, FORMATS)}")
+    wanted = tuple(known for known in FORMATS if known in named)
     if not wanted:
         raise UsageError(f"Name at least one format of {', '.join(FORMATS)}.")
     if "html" in wanted and output is None:

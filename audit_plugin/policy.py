@@ -1,4 +1,5 @@
-"""The policy of an audit: ``audit.toml`` -> a frozen :class:`Policy`. An unknown key is an error that names the nearest known one.
+"""The policy of an audit: ``audit.toml`` -> a frozen :class:`Policy`. An unknown key is an error that names the nearest
+known one.
 
     [model]
     mean = [0.4914, 0.4822, 0.4465]
@@ -70,12 +71,19 @@ class LayerwisePolicy:
 
 @dataclass(frozen=True)
 class TriggerInversionPolicy:
-    """Budget of the search; see :class:`audit_plugin.checks.trigger_inversion.TriggerInversion`."""
+    """Budget of the search; see :class:`audit_plugin.checks.trigger_inversion.TriggerInversion`.
+
+    A search whose greatest outlier lies between ``doubtful_from`` and ``doubtful_to`` is repeated, up to ``searches`` in all, and
+    the sizes are averaged. Beyond ``maximum_classes`` classes are not searched, and the audit says so.
+    """
 
     steps: int = 200
     images_per_step: int = 24
     flip_rate: float = 0.97
     maximum_classes: int = 100
+    searches: int = 3
+    doubtful_from: float = 2.0
+    doubtful_to: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,8 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] steps must be at least 1": search.steps >= 1,
         "[trigger_inversion] images_per_step must lie between 1 and 512": 1 <= search.images_per_step <= 512,
         "[trigger_inversion] flip_rate must lie between 0.5 and 1": 0.5 <= search.flip_rate < 1,
+        "[trigger_inversion] searches must be at least 1": search.searches >= 1,
+        "[trigger_inversion] doubtful_from must not exceed doubtful_to": search.doubtful_from <= search.doubtful_to,
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
         "[verdict] clear_outlier must not exceed minimum_outlier": 0 < verdict.clear_outlier <= verdict.minimum_outlier,
         "[verdict] minimum_attack_success must lie in [0, 1]": 0 <= verdict.minimum_attack_success <= 1,

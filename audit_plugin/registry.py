@@ -1,7 +1,7 @@
 """The only module here that talks to MLflow: a URI becomes a pinned reference plus files; a report becomes a run, tags, a note.
 
-MLflow's own loaders are never called. What is downloaded goes into a folder of our own, so that nobody can exchange a file between
-the check and its use.
+MLflow's own loaders are never called. What is downloaded goes into a folder of our own, so that nobody can exchange a file
+between the check and its use.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class LoggedReport:
 def pin(uri: str, destination: Path) -> PinnedModel:
     """Resolve ``uri`` once and copy its files under ``destination``.
 
-    Accepts ``models:/name/version``, ``models:/name@alias``, ``models:/name/latest``, ``models:/m-<id>``, ``runs:/<run>/<name>``, a local
-    folder, or a local model file.
+    Accepts ``models:/name/version``, ``models:/name@alias``, ``models:/name/latest``, ``models:/m-<id>``,
+    ``runs:/<run>/<name>``, a local folder, or a local model file.
 
     Raises:
         RegistryError: nothing is there, or the tracking server does not answer.
@@ -90,7 +90,8 @@ def fetch_images(source: str, destination: Path) -> Path:
 def log_report(report: AuditReport, files: Path) -> LoggedReport:
     """One run in the experiment ``backdoor-audits`` with all files of a report, linked to the audited model version.
 
-    Writes headline metrics, ``audit.*`` tags and a short block in the version's description (replacing the one of an earlier audit).
+    Writes headline metrics, ``audit.*`` tags and a short block in the version's description (replacing the one of an
+    earlier audit).
 
     Raises:
         RegistryError: the tracking server does not answer or refuses.
@@ -196,7 +197,9 @@ def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
             raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
         return name, str(max(int(entry.version) for entry in versions))
     if not version.isdecimal():
-        raise UsageError(f"'{version}' is no version number. Use models:/{name}/1, models:/{name}/latest or models:/{name}@alias.")
+        raise UsageError(
+            f"'{version}' is no version number. Use models:/{name}/1, models:/{name}/latest or models:/{name}@alias."
+        )
     return name, version
 
 

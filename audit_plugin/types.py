@@ -21,12 +21,13 @@ LabelArray: TypeAlias = NDArray[np.int64]
 Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
 Layout = Literal["NCHW", "NHWC"]
 TriggerFamily = Literal["patch", "additive"]
+ReportFormat = Literal["text", "json", "html"]
 
 
 class Verdict(enum.StrEnum):
     """What the audit concludes. Everything that was not measured is ``INCONCLUSIVE``, never ``PASS``."""
 
-    PASS = "pass"
+    PASS = "pass"  # noqa: S105  (no password)
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
 
@@ -229,10 +230,15 @@ class TriggerEvidence:
 
 @dataclass(frozen=True)
 class TriggerSearch:
-    """What trigger inversion found: for every family in turn one entry a searched class, in class order."""
+    """What trigger inversion found: for every family in turn one entry a searched class, in class order.
+
+    The search ran ``searches`` times; each entry holds the smallest trigger found, its ``outlier`` compares the classes'
+    geometric mean sizes over all searches.
+    """
 
     candidates: tuple[TriggerEvidence, ...]
     steps: int
+    searches: int = 1
     classes_skipped: tuple[int, ...] = ()
 
     @property
@@ -322,7 +328,7 @@ Outcome: TypeAlias = Measured | Inapplicable | Failed
 
 @dataclass(frozen=True)
 class SuspectScore:
-    """One suspect input: its file or row, the class the model predicts, and for each check its score and whether it is flagged."""
+    """One suspect input: its file or row, the predicted class, and for each check its score and whether it is flagged."""
 
     source: str
     predicted_class: int

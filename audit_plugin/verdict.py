@@ -6,11 +6,13 @@ The rule of this release, in words:
   of triggers, at least ``minimum_outlier``), that trigger moves at least ``minimum_attack_success`` of held-out
   images, and an independent check sees it too: the layer-wise score flags at least ``minimum_detection`` of the stamped images,
   and clearly more of them than of the clean ones (their exact intervals are disjoint).
-* **pass**: every check measured, the clean set satisfied its expectations, all classes were searched, and no class comes nearer than ``clear_outlier``.
+* **pass**: every check measured, the clean set satisfied its expectations, all classes were searched, and no class comes
+  nearer than ``clear_outlier``.
 * **inconclusive**: everything else, with the reason.
 
-A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than ``minimum_classes`` classes there is
-nothing to compare with. Natural spread between clean classes reached 2.3 where this was developed, backdoored classes 3.3 and more.
+A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
+``minimum_classes`` classes there is nothing to compare with. Natural spread between clean classes reached 2.3 where this
+was developed, backdoored classes 3.3 and more.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def _doubts(not_measured: Sequence[str], expectations: Sequence[Expectation]) ->
     if not expectations:
         doubts.append(Reason("clean-set-unchecked", "The clean set was not validated."))
     doubts.extend(
-        Reason(f"clean-set-{expectation.name}", f"{expectation.description}: {expectation.observed}.")
+        Reason(f"clean-set-{expectation.name}", f"{expectation.description} Found: {expectation.observed}.")
         for expectation in expectations
         if expectation.required and not expectation.success
     )
@@ -122,7 +124,10 @@ def _contradictions(found: TriggerEvidence, outcomes: Sequence[Outcome], policy:
     reasons = []
     if found.outlier < policy.minimum_outlier:
         reasons.append(
-            Reason("borderline", f"One class stands out, but less than the {policy.minimum_outlier:g} deviations that a failure asks for.")
+            Reason(
+                "borderline",
+                f"One class stands out, but less than the {policy.minimum_outlier:g} deviations that a failure asks for.",
+            )
         )
     if not found.success.value >= policy.minimum_attack_success:
         reasons.append(
@@ -133,9 +138,7 @@ def _contradictions(found: TriggerEvidence, outcomes: Sequence[Outcome], policy:
             )
         )
     if not any(_confirms(scores, policy) for scores in _measurements(outcomes) if isinstance(scores, InputScores)):
-        reasons.append(
-            Reason("not-confirmed", "No independent check tells images with the recovered trigger from clean ones.")
-        )
+        reasons.append(Reason("not-confirmed", "No independent check tells images with the recovered trigger from clean ones."))
     return tuple(reasons)
 
 

@@ -3,7 +3,8 @@
 * :class:`InputScorer`: says of single inputs how suspicious they are. ``fit`` returns a :class:`FittedScorer`.
 * :class:`Probe`: looks for triggers in the model itself.
 
-Authors write ``fit`` and ``_score``; the public ``score`` is final and validates, so that shape and direction hold for every check.
+Authors write ``fit`` and ``_score``; the public ``score`` is final and validates, so that shape and direction hold for
+every check.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ What we do differently, and why:
 * No weight a layer: one notebook of the authors has one, the paper has none.
 * mu, sigma and the centroids come from the fit split, the quantile threshold from the calibrate split, every figure from the test
   split; the authors' calibration images stay in their test set.
-* When LOI = floor(L/2)+1 the paper sums a layer it does not compute; we compute one layer more (from floor(L/2)-1). Layers before the
-  first are left out of the sum.
-* A class with fewer than three clean images borrows LOI, mu and sigma from the other classes; one without any has a zero centroid,
-  so that whatever is predicted as it looks suspicious rather than clean.
+* When LOI = floor(L/2)+1 the paper sums a layer it does not compute; we compute one layer more (from floor(L/2)-1). Layers
+  before the first are left out of the sum.
+* A class with fewer than three clean images borrows LOI, mu and sigma from the other classes; one without any has a zero
+  centroid, so that whatever is predicted as it looks suspicious rather than clean.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LayerwiseScorer(InputScorer):
         sums = _class_sums(subject.session, fit_split, used, subject.class_count)
         cosines = _own_cosines(subject.session, fit_split, used, sums)
         statistics = class_statistics(cosines, fit_split.labels, subject.class_count, len(layers), first)
-        needed = statistics.weights.any(axis=0)
+        needed: NDArray[np.bool_] = np.asarray(statistics.weights.any(axis=0))
         kept = [layer for layer, is_needed in zip(used, needed, strict=True) if is_needed]
         model = append_layerwise_score(
             subject.onnx_model,
@@ -188,9 +188,7 @@ def _class_sums(session: Session, split: FitSplit, layers: tuple[str, ...], clas
     return sums
 
 
-def _own_cosines(
-    session: Session, split: FitSplit, layers: tuple[str, ...], sums: dict[str, FloatArray]
-) -> NDArray[np.float64]:
+def _own_cosines(session: Session, split: FitSplit, layers: tuple[str, ...], sums: dict[str, FloatArray]) -> NDArray[np.float64]:
     """Leave-one-out cosine of every image with its class, (N, layers)."""
     cosines = np.zeros((len(split), len(layers)))
     squared = {layer: np.einsum("cd,cd->c", sums[layer], sums[layer], dtype=np.float64) for layer in layers}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from audit_plugin.types import (
     Measurement,
     Outcome,
     Profile,
+    Rate,
     Splits,
     Threshold,
     Trigger,
@@ -50,32 +52,65 @@ def run_check(name: str, measure: Callable[[], Measurement]) -> Outcome:
     return Measured(name, measurement, time.perf_counter() - started)
 
 
-def measure_probe(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator) -> TriggerSearch:
+def measure_probe(
+    probe: Probe,
+    subject: Subject,
+    splits: Splits,
+    rng: np.random.Generator,
+    *,
+    searches: int = 1,
+    doubtful: tuple[float, float] = (0.0, math.inf),
+) -> TriggerSearch:
     """Search on the fit split, then measure every candidate's attack success rate on the test split.
 
     Only images count whose label and prediction are another class than the target.
+
+    A search ends in a local minimum. A trigger that was planted is found every time; a lucky one of a clean class is not.
+    So a search is repeated, up to ``searches`` in all, while its greatest outlier lies within ``doubtful``, and sizes are
+    averaged (geometric mean).
     """
-    triggers = probe.search(subject, splits.fit, rng)
     predictions = subject.predict(splits.test.images)
-    candidates: list[TriggerEvidence] = []
-    for family in dict.fromkeys(trigger.family for trigger in triggers):
-        members = [trigger for trigger in triggers if trigger.family == family]
-        rates = [
-            rate_of(subject.predict(stamp_others(trigger, splits.test.images, splits.test.labels, predictions)) == trigger.target_class)
-            for trigger in members
-        ]
-        sizes = [
-            trigger.size if success.value >= SMALLEST_SUCCESS else math.inf
-            for trigger, success in zip(members, rates, strict=True)
-        ]
-        outliers = small_side_outliers(np.array(sizes))
-        candidates += [
-            TriggerEvidence(trigger, success, float(outlier))
-            for trigger, success, outlier in zip(members, rates, outliers, strict=True)
-        ]
-    searched = {trigger.target_class for trigger in triggers}
+    runs: list[list[_Candidate]] = []
+    while True:
+        runs.append([_measure(trigger, subject, splits, predictions) for trigger in probe.search(subject, splits.fit, rng)])
+        candidates = _compare(runs)
+        greatest = max((candidate.outlier for candidate in candidates), default=0.0)
+        if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
+            break
+        log.info("The greatest outlier is %.1f: searching again to make sure.", greatest)
+    searched = {candidate.trigger.target_class for candidate in candidates}
     skipped = tuple(label for label in range(subject.class_count) if label not in searched)
-    return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), skipped)
+    return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), len(runs), skipped)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A trigger of one search with its attack success rate on held-out images."""
+
+    trigger: Trigger
+    success: Rate
+
+    @property
+    def log_size(self) -> float:
+        return math.log(self.trigger.size) if self.success.value >= SMALLEST_SUCCESS else math.inf
+
+
+def _measure(trigger: Trigger, subject: Subject, splits: Splits, predictions: LabelArray) -> _Candidate:
+    stamped = stamp_others(trigger, splits.test.images, splits.test.labels, predictions)
+    return _Candidate(trigger, rate_of(subject.predict(stamped) == trigger.target_class))
+
+
+def _compare(runs: Sequence[Sequence[_Candidate]]) -> list[TriggerEvidence]:
+    """The smallest candidate of each class over all searches, and how far its mean size lies below its family's others."""
+    evidence: list[TriggerEvidence] = []
+    places = list(zip(*runs, strict=True))
+    for family in dict.fromkeys(place[0].trigger.family for place in places):
+        members = [place for place in places if place[0].trigger.family == family]
+        outliers = small_side_outliers(np.exp([np.mean([found.log_size for found in place]) for place in members]))
+        for place, outlier in zip(members, outliers, strict=True):
+            smallest = min(place, key=lambda found: found.log_size)
+            evidence.append(TriggerEvidence(smallest.trigger, smallest.success, float(outlier)))
+    return evidence
 
 
 def measure_scorer(

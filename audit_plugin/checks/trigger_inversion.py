@@ -8,13 +8,14 @@ over images x of the fit split with Adam, lambda_t being raised while more than 
 lowered while fewer do; the smallest trigger that held the wanted flip rate is kept. Two families are searched:
 
 * ``patch``: x' = (1 - m) x + m p, size = ||m||_1 (Neural Cleanse's own);
-* ``additive``: x' = clip(x + d), size = ||d||_1 over the channels' mean. Triggers that add to scattered pixels escape the first one.
+* ``additive``: x' = clip(x + d), size = ||d||_1 over the channels' mean. Triggers that add to scattered pixels escape the
+  first one.
 
 What we do differently from the authors' code, and why:
 
 * all classes are optimised in one batch, each with its own lambda, so that an audit of 10 classes takes seconds, not minutes;
-* mask and pattern are sigmoids instead of (tanh + 1) / 2, starting from a faint mask, and few steps (200 instead of 1,000): enough to tell
-  sizes apart, since only their ratio is used;
+* mask and pattern are sigmoids instead of (tanh + 1) / 2, starting from a faint mask, and few steps (200 instead of 1,000):
+  enough to tell sizes apart, since only their ratio is used;
 * the flip rate is a running mean over batches and leaves out images of the class itself, which need no trigger;
 * the search may run in bfloat16 where the machine is fast in it. Nothing of that is reported: size and success are measured
   afterwards, in float32, on images that the search never saw.
@@ -124,7 +125,7 @@ class TriggerInversion(Probe):
                 logits = module(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last))[-1].float()
             losses = functional.cross_entropy(logits, wanted, reduction="none").view(len(targets), count).mean(dim=1)
             optimizer.zero_grad()
-            (losses + penalty * sizes).sum().backward()  # type: ignore[no-untyped-call]
+            (losses + penalty * sizes).sum().backward()
 
             others = (labels[rows][None] != targets[:, None]).float()
             flipped = (logits.argmax(dim=1) == wanted).float().view(len(targets), count)

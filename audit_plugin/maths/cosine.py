@@ -27,4 +27,5 @@ def leave_one_out_cosine(
     others = np.sqrt(np.maximum(sum_squared_norm - 2.0 * dots + squared_norms, 0.0))
     scale = np.sqrt(squared_norms) * others
     cosine = np.divide(dots - squared_norms, scale, out=np.zeros_like(dots), where=scale > _TINY)
-    return np.clip(cosine, -1.0, 1.0)
+    bounded: NDArray[np.float64] = np.clip(cosine, -1.0, 1.0)
+    return bounded

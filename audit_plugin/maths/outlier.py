@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 _MAD_TO_SIGMA = 1.4826  # makes the median absolute deviation of normal data estimate its standard deviation
 
 SPREAD_FLOOR = 0.2
-"""Least spread of log sizes. Ten classes give a poor median absolute deviation, and a small one turns an ordinary difference into an outlier:
-a class must then still be 1.8 times smaller than the median to lie three deviations below it."""
+"""Least spread of log sizes. Ten classes give a poor median absolute deviation, and a small one turns an ordinary
+difference into an outlier: a class must then still be 1.8 times smaller than the median to lie three deviations below
+it."""
 
 
 def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR) -> NDArray[np.float64]:

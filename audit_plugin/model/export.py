@@ -1,7 +1,7 @@
 """A network becomes one ONNX model that takes pixels in [0, 1] and returns its taps and logits, and a torch module alike.
 
-The input specification (bounds, mean, standard deviation, layout) moves inside, so that triggers, checks and the deployed guard all
-speak about the same pixels.
+The input specification (bounds, mean, standard deviation, layout) moves inside, so that triggers, checks and the deployed
+guard all speak about the same pixels.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ def _export_torch(graph: fx.GraphModule, network: Network, spec: InputSpec) -> E
     try:
         with _quietly(), torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
-            exported = torch.onnx.export(
-                program, dynamo=True, input_names=[PIXELS], output_names=[*names, LOGITS], verbose=False
-            )
+            exported = torch.onnx.export(program, dynamo=True, input_names=[PIXELS], output_names=[*names, LOGITS], verbose=False)
         assert exported is not None  # noqa: S101  (told by dynamo=True; for the type checker)
         model = exported.model_proto
     except Exception as error:  # the exporter raises many kinds, some with a page of text

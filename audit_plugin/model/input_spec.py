@@ -1,9 +1,12 @@
-"""How pixels become what a model expects: read from the policy, else from tags of the version, else from the model's own shape."""
+"""How pixels become what a model expects:
+
+read from the policy, else from tags of the version, else from the model's own shape.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 from audit_plugin.errors import SubjectError
 from audit_plugin.policy import ModelPolicy
@@ -24,8 +27,8 @@ def open_shape(policy: ModelPolicy) -> tuple[int, int, int, int]:
 def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mapping[str, str]) -> InputSpec:
     """The input specification of a model that takes ``shape``.
 
-    A value in the policy wins over the tag ``audit.input.<name>`` (numbers separated by commas), which wins over the default: pixels
-    in [0, 1], no normalisation.
+    A value in the policy wins over the tag ``audit.input.<name>`` (numbers separated by commas), which wins over the
+    default: pixels in [0, 1], no normalisation.
 
     Raises:
         SubjectError: the shape holds no image of 1 or 3 channels, or mean, std or a tag do not fit it.
@@ -34,7 +37,7 @@ def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mappin
     height, width, channels = shape[1:] if layout == "NHWC" else (shape[2], shape[3], shape[1])
     if channels not in CHANNELS:
         raise SubjectError(
-            f"Expected images of 1 (grey) or 3 (RGB) channels, the model takes {channels} (input shape {shape}, read as {layout}). "
+            f"Expected images of 1 (grey) or 3 (RGB) channels, the model takes {channels} (shape {shape}, read as {layout}). "
             "If the layout is another one, set [model] layout in the policy."
         )
     mean = _per_channel("mean", _setting("mean", policy.mean, tags, (0.0,)), channels)
@@ -65,8 +68,9 @@ def resolve_class_names(count: int, policy: ModelPolicy, tags: Mapping[str, str]
 def _layout(shape: tuple[int, ...], wanted: str | None) -> Layout:
     if wanted is None:
         return "NHWC" if shape[3] in CHANNELS and shape[1] not in CHANNELS else "NCHW"
-    if wanted == "NCHW" or wanted == "NHWC":
-        return wanted
+    for layout in get_args(Layout):
+        if wanted == layout:
+            return cast(Layout, layout)
     raise SubjectError(f"The layout must be 'NCHW' or 'NHWC', got {wanted!r}.")
 
 

@@ -104,9 +104,7 @@ def _from_exported_program(path: Path) -> fx.GraphModule:
         ) from error
 
 
-def _from_state_dict(
-    path: Path, architecture: str | None, class_count: int | None, shape: tuple[int, ...]
-) -> fx.GraphModule:
+def _from_state_dict(path: Path, architecture: str | None, class_count: int | None, shape: tuple[int, ...]) -> fx.GraphModule:
     import torchvision
 
     if architecture is None:
@@ -159,8 +157,7 @@ def _merge_shapes(*shapes: tuple[int, ...] | None) -> tuple[int, ...]:
     merged = [next((size for size in sizes if size > 0), -1) for sizes in zip(*given, strict=False)]
     if any(size < 1 for size in merged[1:]):
         raise SubjectError(
-            f"The model leaves its image size open: {tuple(merged)}. "
-            "Give it in the policy: [model] height, width and channels."
+            f"The model leaves its image size open: {tuple(merged)}. Give it in the policy: [model] height, width and channels."
         )
     return tuple(merged)
 
@@ -215,9 +212,7 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
         raise SubjectError(f"The model has {classes} classes; at most {CLASS_LIMITS[1]} can be audited.")
     if not np.isfinite(answer).all():
         raise SubjectError("The model answers NaN or infinity for ordinary pixels, so it cannot be audited.")
-    free = declared_batch < 1 or (
-        not isinstance(program, onnx.ModelProto) and _takes_any_batch(run, answer, first, second)
-    )
+    free = declared_batch < 1 or (not isinstance(program, onnx.ModelProto) and _takes_any_batch(run, answer, first, second))
     probabilities = bool((answer >= 0).all() and np.allclose(answer.sum(axis=1), 1.0, atol=1e-4))
     return Network(program, shape, classes, None if free else declared_batch, probabilities)
 

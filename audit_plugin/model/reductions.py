@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from audit_plugin.model.export import LOGITS
 from audit_plugin.types import FloatArray
@@ -32,8 +32,8 @@ class GraphEditor:
         self.model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
-    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
-        self.model.graph.node.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
+    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: int) -> str:
+        self.model.graph.node.append(_node(operator, inputs, output, attributes))
         return output
 
     def keep_outputs(self, outputs: Mapping[str, tuple[str, ...]]) -> onnx.ModelProto:
@@ -49,6 +49,12 @@ class GraphEditor:
         del self.model.graph.output[:]
         self.model.graph.output.extend(kept)
         return self.model
+
+
+def _node(operator: str, inputs: Sequence[str], output: str, attributes: Mapping[str, int]) -> onnx.NodeProto:
+    node = helper.make_node(operator, list(inputs), [output], name=output)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return node
 
 
 def append_layerwise_score(
@@ -76,7 +82,7 @@ def append_layerwise_score(
     """
     editor = GraphEditor.copy_of(model)
     predicted = editor.node("ArgMax", [LOGITS], "predicted_class", axis=1, keepdims=1)
-    tiny = editor.constant("tiny_norm", np.float32(1e-12))
+    tiny = editor.constant("tiny_norm", np.array(1e-12, dtype=np.float32))
     axes = editor.constant("feature_axis", np.array([1], dtype=np.int64))
     columns = []
     for index, (layer, centroid) in enumerate(centroids.items()):

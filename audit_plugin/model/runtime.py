@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.errors import ExportError
+from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.types import FloatArray, ImageArray
 
 CPU = "CPUExecutionProvider"

@@ -9,8 +9,8 @@ import onnx
 import torch
 from torch import nn
 
-from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.errors import ExportError, InapplicableError
+from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.export import LOGITS, Exported, export
 from audit_plugin.model.load import Network
 from audit_plugin.model.runtime import Session

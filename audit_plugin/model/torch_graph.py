@@ -6,7 +6,7 @@ import collections
 import operator
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from audit_plugin.errors import SubjectError
 from audit_plugin.model.taps import GraphNode, NodeKind, Tap, choose_taps
@@ -17,7 +17,20 @@ _RESHAPING = (
     "t", "squeeze", "unsqueeze", "dropout", "select", "slice", "expand", "clone", "contiguous", "pad", "constant_pad",
     "_to_copy", "to", "upsample", "alias", "detach", "narrow", "roll", "split", "chunk", "_assert", "pixel", "lift",
 )  # fmt: skip
-_SAME_VALUES = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "dropout", "alias", "clone", "contiguous", "_to_copy", "to")
+_SAME_VALUES = (
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "dropout",
+    "alias",
+    "clone",
+    "contiguous",
+    "_to_copy",
+    "to",
+)
 
 
 def choose_graph_taps(graph: fx.GraphModule) -> tuple[Tap, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from audit_plugin.report.html import render
 from audit_plugin.report.schema import SCHEMA_VERSION, dumps, load, to_document, validate
 from audit_plugin.report.text import render_markdown_block, render_text
-from audit_plugin.report.write import ReportFormat, write_report
+from audit_plugin.report.write import write_report
+from audit_plugin.types import ReportFormat
 
 __all__ = [
     "SCHEMA_VERSION",

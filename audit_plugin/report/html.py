@@ -232,6 +232,7 @@ def _search(report: AuditReport, check: str, search: TriggerSearch, place: int) 
         "explanation": wording.check_explanation(check),
         "families": [_family(report, family, candidates, f"sizes-{place}-{family}") for family, candidates in families(search)],
         "steps": search.steps,
+        "searches": search.searches,
         "skipped": [wording.class_label(report, index) for index in search.classes_skipped[:40]],
         "skipped_count": len(search.classes_skipped),
     }

@@ -294,6 +294,7 @@ def _trigger_search(search: TriggerSearch, names: Sequence[str], pictures: _Pict
     return {
         "kind": "trigger_search",
         "steps": search.steps,
+        "searches": search.searches,
         "classes_skipped": [int(index) for index in search.classes_skipped],
         "candidates": [_candidate(candidate, names, next(pictures)) for candidate in search.candidates],
     }

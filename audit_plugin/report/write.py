@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.report.figures import trigger_png
@@ -15,9 +15,8 @@ from audit_plugin.report.sanitise import clean_text
 from audit_plugin.report.schema import dumps, to_document, validate
 from audit_plugin.report.summaries import trigger_pictures
 from audit_plugin.report.text import render_text
-from audit_plugin.types import AuditReport
+from audit_plugin.types import AuditReport, ReportFormat
 
-ReportFormat: TypeAlias = Literal["json", "html", "text"]
 FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 

@@ -44,7 +44,7 @@ def train(
                 logits = model(pixels[rows].contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
         if progress is not None:

@@ -32,9 +32,7 @@ class LayerwiseReference:
             candidates = [layer for layer in range(half + 1, total + 1) if layer - 1 in similarity]
             gain = {layer: np.mean(similarity[layer]) - np.mean(similarity[layer - 1]) for layer in candidates}
             self.interest[label] = max(gain, key=gain.get)
-            sums = [
-                sum(similarity[layer][k] for layer in self.summed(label) if layer in similarity) for k in range(len(members))
-            ]
+            sums = [sum(similarity[layer][k] for layer in self.summed(label) if layer in similarity) for k in range(len(members))]
             self.mu[label], self.sigma[label] = np.mean(sums), np.std(sums)
 
     def summed(self, label):

@@ -38,7 +38,7 @@ def search(smallest: float, success: int = 95, classes: int = 10, skipped: tuple
         )
         for label, (size, outlier) in enumerate(zip(sizes, small_side_outliers(sizes), strict=True))
     )
-    return Measured("trigger_inversion", TriggerSearch(candidates, 200, skipped), 1.0)
+    return Measured("trigger_inversion", TriggerSearch(candidates, 200, classes_skipped=skipped), 1.0)
 
 
 def layerwise(detected: int = 90, false_positives: int = 3) -> Measured:
