@@ -251,6 +251,7 @@ def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, s
             minimum_clean_accuracy=wanted,
             sources=loaded.sources,
         ),
+        notes=loaded.notes,
     )
 
 

@@ -375,7 +375,10 @@ class SubjectSummary:
 
 @dataclass(frozen=True)
 class CleanSetSummary:
-    """Which images were used: counts by split, images a class, the great-expectations results, accuracy on the test split."""
+    """Which images were used: counts by split, images a class, the great-expectations results, accuracy on the test split.
+
+    ``notes`` say what reading them took for granted.
+    """
 
     source: str
     digest: str
@@ -385,6 +388,7 @@ class CleanSetSummary:
     images_per_class: tuple[int, ...]
     clean_accuracy: Rate
     expectations: tuple[Expectation, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve t
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["GX_ANALYTICS_ENABLED"] = "false"
 
+import logging
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from pipelines.demo import Demo
 
 SubjectFactory = Callable[..., Subject]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def network_of(module: nn.Module, shape: tuple[int, int, int], batch: int | None = None) -> Network:
@@ -72,18 +75,35 @@ def random_images() -> Callable[..., FitSplit]:
 # ------------------------------------------------------------- a real MLflow, for tests/integration and tests/e2e
 
 
+SERVER_LOG = pytest.StashKey[Path]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What the server wrote is shown below a failed test that used it."""
+    report = yield
+    if report.failed and "server" in getattr(item, "fixturenames", ()) and SERVER_LOG in item.config.stash:
+        report.sections.append(("MLflow server's log", _tail(item.config.stash[SERVER_LOG])))
+    return report
+
+
 @contextmanager
-def mlflow_state_kept() -> Iterator[None]:
-    """Puts MLflow's global tracking URI and experiment back, the environment variables included."""
+def state_kept() -> Iterator[None]:
+    """Puts back what a run of the command line changes in this process: MLflow's tracking URI and experiment, logging."""
     import mlflow
     from mlflow.tracking import fluent
 
     uri = mlflow.tracking._tracking_service.utils._tracking_uri
     experiment = fluent._active_experiment_id
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
-    environment = {name: os.environ.get(name) for name in names}
+    environment = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")}
+    loggers = [
+        logging.getLogger(name)
+        for name in (None, "audit_plugin", "pipelines", "mlflow", "torch", "great_expectations", "alembic")
+    ]
+    levels, handlers = [logger.level for logger in loggers], loggers[0].handlers[:]
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         mlflow.set_tracking_uri(uri)
         fluent._active_experiment_id = experiment
@@ -92,10 +112,19 @@ def mlflow_state_kept() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        loggers[0].handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def keeping_state() -> Callable[[], AbstractContextManager[None]]:
+    """:func:`state_kept`, for fixtures outside this file."""
+    return state_kept
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of an MLflow server on SQLite that keeps the artifacts itself."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as probe:
@@ -105,7 +134,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    log = folder / "server.log"
+    log = request.config.stash[SERVER_LOG] = folder / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
@@ -128,7 +157,11 @@ def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Pat
             time.sleep(0.2)
         else:
             return
-    pytest.fail(f"The MLflow server did not start; its log:\n{log.read_text(errors='replace')[-4000:]}")
+    pytest.fail(f"The MLflow server did not start; its log:\n{_tail(log)}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +169,7 @@ def demo(server: str, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The demo's two models, registered on the server."""
     from pipelines.demo import prepare_demo
 
-    with mlflow_state_kept():
+    with state_kept():
         return prepare_demo(tmp_path_factory.mktemp("demo"), lambda message: None, tracking_uri=server)
 
 
@@ -145,6 +178,51 @@ def tracking(server: str) -> Iterator[str]:
     """MLflow in this process speaks to the server."""
     import mlflow
 
-    with mlflow_state_kept():
+    with state_kept():
         mlflow.set_tracking_uri(server)
         yield server
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """The command line in this process: ``cli("run", ...)`` gives exit code, stdout and stderr."""
+    from audit_plugin.cli import _main
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        texts = [str(argument) for argument in arguments]
+        capfd.readouterr()
+        code = _main(texts)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(texts, code, out, err)
+
+    with state_kept():
+        yield call
+
+
+@pytest.fixture(scope="session")
+def suspects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty digits that no audit has seen, the last twenty with the planted trigger and none of its class."""
+    from audit_plugin.zoo.data import digits
+    from pipelines.demo import ATTACK
+
+    unseen = digits(seed=0).train
+    chosen = unseen.images[unseen.labels != ATTACK.target_class][:40]
+    path = tmp_path_factory.mktemp("suspects") / "suspects.npz"
+    np.savez(path, images=np.concatenate([chosen[:20], ATTACK.stamp(chosen[20:])]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def backdoored_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the audit of the backdoored model writes its report."""
+    return tmp_path_factory.mktemp("backdoored") / "report"
+
+
+@pytest.fixture(scope="session")
+def backdoored_run(server: str, demo: Demo, suspects: Path, backdoored_output: Path) -> subprocess.CompletedProcess[str]:
+    """The audit of the backdoored model, as a user runs it."""
+    command = [sys.executable, "-m", "audit_plugin.cli", "run", demo.model_uris[1], "--clean", str(demo.clean_images)]
+    command += ["--suspects", str(suspects), "--format", "json,html", "-o", str(backdoored_output)]
+    return subprocess.run(
+        command, env=os.environ | {"MLFLOW_TRACKING_URI": server}, capture_output=True, text=True, timeout=280, check=False
+    )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from audit_plugin.errors import CleanSetError, nearest
-from audit_plugin.types import FloatArray, ImageArray, InputSpec, LabelArray, LabelledImages
+from audit_plugin.types import ImageArray, InputSpec, LabelArray, LabelledImages
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 UNKNOWN_LABEL = -1
@@ -76,19 +76,6 @@ def load_images(path: Path, *, input_spec: InputSpec, class_names: Sequence[str]
         raise CleanSetError(f"'{path}' cannot be read: {error.strerror or _one_line(error)}") from error
     _check_labels(labels, len(class_names), labels_required, path)
     return LoadedImages(LabelledImages(images, labels), tuple(sources), _digest(images, labels), tuple(notes))
-
-
-def to_pixels(images: ImageArray) -> FloatArray:
-    """Stored images uint8 (N, height, width, channels) as pixels float32 (N, channels, height, width) in [0, 1].
-
-    Raises:
-        CleanSetError: another dtype or number of dimensions.
-    """
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise CleanSetError(f"expected images uint8 (N, height, width, channels), got {images.dtype} of shape {images.shape}.")
-    pixels: FloatArray = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-    pixels /= np.float32(255.0)
-    return pixels
 
 
 # ----------------------------------------------------------------------------------------------------- folders

@@ -262,6 +262,7 @@ def _clean_set(clean_set: CleanSetSummary) -> dict[str, Any]:
             }
             for item in clean_set.expectations
         ],
+        "notes": list(clean_set.notes),
     }
 
 

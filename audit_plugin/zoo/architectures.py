@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 
@@ -24,3 +25,11 @@ class SmallCnn(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.classifier(torch.flatten(self.pool(self.features(pixels)), 1))
         return logits
+
+
+def cifar_resnet18(classes: int = 10) -> nn.Module:
+    """torchvision's ResNet-18 with the stem that is usual for 32 x 32 images: a 3 x 3 convolution of stride 1, no pooling."""
+    network = torchvision.models.resnet18(weights=None, num_classes=classes)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from audit_plugin.data import clean_set
-from audit_plugin.data.clean_set import UNKNOWN_LABEL, LoadedImages, load_images, to_pixels
+from audit_plugin.data.clean_set import UNKNOWN_LABEL, LoadedImages, load_images
 from audit_plugin.errors import AuditError, CleanSetError
 from audit_plugin.types import InputSpec
 
@@ -548,20 +548,3 @@ def test_the_digest_is_of_shape_images_and_labels(tmp_path: Path, colours: np.nd
     changed[3, 2, 1, 0] ^= 1
     touched = load_images(npz(tmp_path / "c.npz", images=changed, labels=labels), input_spec=RGB, class_names=PETS)
     assert len({folder.digest, other.digest, touched.digest}) == 3
-
-
-def test_pixels_are_channels_first_between_0_and_1(colours: np.ndarray) -> None:
-    colours[0, 1, 2] = (0, 51, 255)
-    pixels = to_pixels(colours)
-    assert pixels.dtype == np.float32
-    assert pixels.shape == (6, 3, 5, 4)
-    assert pixels.flags.c_contiguous
-    assert pixels[0, :, 1, 2].tolist() == pytest.approx([0.0, 0.2, 1.0])
-    assert pixels[0, 2, 1, 2] == 1.0
-    np.testing.assert_array_equal(np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1), colours)
-
-
-@pytest.mark.parametrize("images", [np.zeros((2, 5, 4, 3), np.float32), np.zeros((5, 4, 3), np.uint8)])
-def test_pixels_of_anything_else_are_refused(images: np.ndarray) -> None:
-    with pytest.raises(CleanSetError, match="expected images uint8"):
-        to_pixels(images)

@@ -8,6 +8,7 @@ import unicodedata
 import pytest
 
 from audit_plugin.report import render_markdown_block, render_text
+from audit_plugin.report.text import LINE_WIDTH
 from audit_plugin.types import Failed, Reason
 
 LINK = "https://mlflow.example/#/experiments/3/runs/0f2f/artifacts/report.html"
@@ -17,7 +18,7 @@ def test_text_is_short_and_without_control_characters(any_report):
     text = render_text(any_report)
     lines = text.splitlines()
     assert len(lines) <= 25
-    assert all(len(line) <= 140 for line in lines[:-1])
+    assert all(len(line) <= LINE_WIDTH for line in lines[:-1])
     assert len(lines[-1]) <= 1100
     assert {unicodedata.category(character) for character in text.replace("\n", "")} <= {
         *("Lu", "Ll", "Lt", "Lm", "Lo", "Nd", "Nl", "No", "Zs", "Mn", "Mc", "Me"),
