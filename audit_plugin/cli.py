@@ -313,6 +313,7 @@ def _configure_logging(verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s", force=True)
     for package in ("audit_plugin", "pipelines"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for the report alone
     if not verbose:
         # Other libraries' notes about their own internals are not what a user of an audit should read.
         warnings.simplefilter("ignore")

@@ -48,7 +48,7 @@ def overhead(
     rounds: Annotated[int, typer.Option(help="Passes of each session, in turn.")] = 5,
     batch: Annotated[int, typer.Option(help="Images in one batch.")] = 128,
 ) -> None:
-    """Cost of the layer-wise score: ResNet-18 (CIFAR-10 stem), scoring session over bare forward session, time and peak memory."""
+    """Time and peak memory of the layer-wise scoring session over the bare forward session: ResNet-18 with the CIFAR-10 stem."""
     with tempfile.TemporaryDirectory() as temporary:
         bare, scoring = Path(temporary) / "bare.onnx", Path(temporary) / "scoring.onnx"
         _export_both(bare, scoring)
@@ -91,7 +91,7 @@ def _peak_memory(model: Path, outputs: list[str], images: int, batch: int) -> fl
 
 
 def _export_both(bare: Path, scoring: Path) -> None:
-    """Untrained weights: speed does not depend on them. Every second class has another layer of interest, the worst case is measured."""
+    """Untrained weights, since speed does not depend on them; every layer that any class may sum is scored, the worst case."""
     import torch
 
     from audit_plugin.zoo.architectures import cifar_resnet18

@@ -95,7 +95,7 @@ def state_kept() -> Iterator[None]:
 
     uri = mlflow.tracking._tracking_service.utils._tracking_uri
     experiment = fluent._active_experiment_id
-    environment = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")}
+    environment = dict(os.environ)
     loggers = [
         logging.getLogger(name)
         for name in (None, "audit_plugin", "pipelines", "mlflow", "torch", "great_expectations", "alembic")
@@ -107,11 +107,8 @@ def state_kept() -> Iterator[None]:
     finally:
         mlflow.set_tracking_uri(uri)
         fluent._active_experiment_id = experiment
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(environment)
         loggers[0].handlers[:] = handlers
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

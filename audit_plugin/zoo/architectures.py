@@ -29,7 +29,7 @@ class SmallCnn(nn.Module):
 
 def cifar_resnet18(classes: int = 10) -> nn.Module:
     """torchvision's ResNet-18 with the stem that is usual for 32 x 32 images: a 3 x 3 convolution of stride 1, no pooling."""
-    network = torchvision.models.resnet18(weights=None, num_classes=classes)
+    network: nn.Module = torchvision.models.resnet18(weights=None, num_classes=classes)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
     return network
