@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import logging
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from audit_plugin.checks import FittedScorer, InputScorer, LayerwiseScorer, Probe, TriggerInversion
+from audit_plugin.checks import FittedScorer, InputScorer, LayerwiseScorer, Probe, SourceSpecificInversion, TriggerInversion
 from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, stamp_others
 from audit_plugin.data.clean_set import LoadedImages, load_images
 from audit_plugin.data.expectations import check_clean_set
@@ -51,6 +52,7 @@ log = logging.getLogger(__name__)
 
 _PARITY_IMAGES = 8
 _EXAMPLES = 6
+_PAIRS_KEPT = 10
 _STAMPED_IMAGES_PER_STEP, _FEWEST_IMAGES_PER_STEP = 480, 8  # with many classes each sees fewer images a step
 _PACKAGES = ("mlflow-backdoor-audit", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "mlflow", "numpy")
 
@@ -114,7 +116,9 @@ def audit(
 
     with clock.stage("Checking the model's files"):
         intake = inspect(folder, allow_pickle=allow_pickle)
-        file = _without_pickle(folder, intake, policy) if intake.flavour == "pickle" else folder / intake.data_path
+        file = folder / intake.data_path
+        if intake.flavour == "pickle":
+            file, intake = _without_pickle(folder, intake, policy)
 
     with clock.stage("Loading the model"):
         network = load_network(
@@ -142,18 +146,23 @@ def audit(
     with clock.stage("Measuring the clean accuracy"):
         clean_set = _measure_clean_set(subject, loaded, splits, str(clean), policy)
 
-    probe, scorers = checks_of(policy, subject.class_count, clock.advance)
-    names = [probe.name, *(scorer.name for scorer in scorers)]
+    probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
+    required = [probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
     outcomes: list[Outcome] = []
     if accuracy_problem := _accuracy_problem(clean_set.expectations):
-        outcomes = [Inapplicable(name, accuracy_problem) for name in names]
+        outcomes = [Inapplicable(name, accuracy_problem) for name in (*required, pair_probe.name)]
     else:
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
             outcomes.append(run_check(probe.name, lambda: _search(probe, subject, splits, rng, policy)))
         found = _most_suspicious(outcomes)
+        if found is not None and found.outlier >= policy.verdict.minimum_outlier:
+            outcomes.append(Inapplicable(pair_probe.name, "Not run: a trigger that works from all classes was found."))
+        else:
+            with clock.stage("Searching for triggers between pairs of classes"):
+                outcomes.append(run_check(pair_probe.name, lambda: _search_pairs(pair_probe, subject, splits, rng, policy)))
         predictions = subject.predict(splits.test.images)
         stamped, examples = _stamp(found, subject, splits, predictions)
         fitted: dict[str, FittedScorer] = {}
@@ -164,7 +173,7 @@ def audit(
             with clock.stage("Scoring the suspect inputs"):
                 suspect_scores = _score_suspects(subject, suspect_images, outcomes, fitted)
 
-    decision = decide(outcomes, clean_set.expectations, class_names, policy.verdict, required=names)
+    decision = decide(outcomes, clean_set.expectations, class_names, policy.verdict, required=required)
     return AuditReport(
         model=model,
         intake=intake,
@@ -185,7 +194,7 @@ def audit(
     )
 
 
-def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]) -> tuple[Probe, list[InputScorer]]:
+def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]) -> tuple[Probe, Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
     probe = TriggerInversion(
@@ -195,13 +204,31 @@ def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]
         classes=range(min(class_count, search.maximum_classes)),
         progress=advance,
     )
-    return probe, [LayerwiseScorer(tau=policy.layerwise.tau)]
+    pairs = policy.source_specific
+    pair_probe = SourceSpecificInversion(
+        steps=pairs.steps,
+        images_per_step=pairs.images_per_step,
+        flip_rate=search.flip_rate,
+        maximum_classes=pairs.maximum_classes,
+        progress=advance,
+    )
+    return probe, pair_probe, [LayerwiseScorer(tau=policy.layerwise.tau)]
 
 
 def _search(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
     search = policy.trigger_inversion
     doubtful = (search.doubtful_from, search.doubtful_to)
     return measure_probe(probe, subject, splits, rng, searches=search.searches, doubtful=doubtful)
+
+
+def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
+    """As :func:`_search`, keeping the pairs that stand out most; a doubtful result is one near what the verdict asks for."""
+    asked = policy.verdict.doubtful_pair_outlier
+    found = measure_probe(
+        probe, subject, splits, rng, searches=policy.trigger_inversion.searches, doubtful=(asked - 1.0, asked + 2.0)
+    )
+    ranked = sorted(found.candidates, key=lambda candidate: -candidate.outlier)
+    return dataclasses.replace(found, candidates=tuple(ranked[:_PAIRS_KEPT]))
 
 
 class _Clock:
@@ -222,10 +249,11 @@ class _Clock:
         self._progress.advance(share)
 
 
-def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> Path:
+def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> tuple[Path, Intake]:
     """Have a child process turn the pickle into an exported program, which passes the same static check."""
     shape = intake.signature.input_shape if intake.signature else open_shape(policy.model)
-    return convert_pickle(folder, intake.data_path, shape, folder.parent / "unpickled")
+    file, finding = convert_pickle(folder, intake.data_path, shape, folder.parent / "unpickled")
+    return file, dataclasses.replace(intake, findings=(*intake.findings, finding))
 
 
 def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, source: str, policy: Policy) -> CleanSetSummary:
@@ -269,7 +297,9 @@ def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
 def _most_suspicious(outcomes: list[Outcome]) -> TriggerEvidence | None:
     for outcome in outcomes:
         if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
-            return outcome.measurement.most_suspicious if outcome.measurement.candidates else None
+            search = outcome.measurement
+            if search.candidates and not search.is_source_specific:
+                return search.most_suspicious
     return None
 
 

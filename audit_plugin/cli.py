@@ -55,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+_log = logging.getLogger("audit_plugin.cli")  # also when run as __main__
 _stdout = Console(highlight=False, soft_wrap=True)
 _stderr = Console(stderr=True, highlight=False)
 
@@ -246,7 +247,7 @@ def _main(arguments: Sequence[str]) -> int:
         _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         return EXIT_ERROR
     except Exception as error:
-        logging.getLogger(__name__).debug("Unexpected error.", exc_info=True)
+        _log.debug("Unexpected error.", exc_info=True)
         _complain(
             f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. Run again with --verbose for details."
         )
@@ -294,7 +295,7 @@ class _StageProgress:
 
     def stage(self, name: str) -> None:
         if not self._progress.console.is_terminal:
-            logging.getLogger(__name__).info("%s", name)
+            _log.info("%s", name)
         self._progress.reset(self._task, description=name, total=None)
 
     def advance(self, share: float) -> None:
@@ -319,6 +320,7 @@ def _configure_logging(verbose: bool) -> None:
         warnings.simplefilter("ignore")
         for package in ("mlflow", "torch", "great_expectations", "alembic"):
             logging.getLogger(package).setLevel(logging.ERROR)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # MLflow sets its own level when it is imported
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 

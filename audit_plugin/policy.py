@@ -87,11 +87,21 @@ class TriggerInversionPolicy:
 
 
 @dataclass(frozen=True)
+class SourceSpecificPolicy:
+    """Budget of the search over pairs of classes; with more than ``maximum_classes`` classes it is left out."""
+
+    steps: int = 200
+    images_per_step: int = 8
+    maximum_classes: int = 12
+
+
+@dataclass(frozen=True)
 class VerdictPolicy:
-    """When a class stands out; see :mod:`audit_plugin.verdict`."""
+    """When a class, or a pair of classes, stands out; see :mod:`audit_plugin.verdict`."""
 
     minimum_outlier: float = 3.0
     clear_outlier: float = 2.5
+    doubtful_pair_outlier: float = 5.0
     minimum_attack_success: float = 0.8
     minimum_detection: float = 0.5
     minimum_classes: int = 4
@@ -105,6 +115,7 @@ class Policy:
     clean_set: CleanSetPolicy = field(default_factory=CleanSetPolicy)
     layerwise: LayerwisePolicy = field(default_factory=LayerwisePolicy)
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
+    source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
 
     def __post_init__(self) -> None:
@@ -198,6 +209,10 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] searches must be at least 1": search.searches >= 1,
         "[trigger_inversion] doubtful_from must not exceed doubtful_to": search.doubtful_from <= search.doubtful_to,
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
+        "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
+        "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
+        "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,
+        "[verdict] doubtful_pair_outlier must be positive": verdict.doubtful_pair_outlier > 0,
         "[verdict] clear_outlier must not exceed minimum_outlier": 0 < verdict.clear_outlier <= verdict.minimum_outlier,
         "[verdict] minimum_attack_success must lie in [0, 1]": 0 <= verdict.minimum_attack_success <= 1,
         "[verdict] minimum_detection must lie in [0, 1]": 0 <= verdict.minimum_detection <= 1,

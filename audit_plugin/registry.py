@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlparse
+from urllib.request import url2pathname
 
 import mlflow
-from mlflow.entities import LoggedModelInput
+from mlflow.entities import LoggedModel, LoggedModelInput
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -154,27 +155,30 @@ def _pin_local(path: Path, uri: str, folder: Path) -> PinnedModel:
 
 
 def _pin_remote(uri: str, folder: Path) -> PinnedModel:
+    if re.match(r"models:/(?!m-)", uri):
+        _name_and_version(uri)  # a malformed URI is said to be one, before anybody is asked
     _check_server()
     client = MlflowClient()
     name = version = model_id = run_id = None
     tags: dict[str, str] = {}
     if found := re.fullmatch(r"models:/(m-[0-9a-f]+)", uri):
         model_id = found[1]
-        logged = client.get_logged_model(model_id)
-        location, pinned, run_id = logged.artifact_location, uri, logged.source_run_id
+        entry = client.get_logged_model(model_id)
+        location, pinned, run_id = entry.artifact_location, uri, entry.source_run_id
     elif uri.startswith("models:/"):
         name, version = _resolve_version(client, uri)
-        entry = client.get_model_version(name, version)
+        registered = client.get_model_version(name, version)
         location, pinned = client.get_model_version_download_uri(name, version), f"models:/{name}/{version}"
-        run_id, tags = entry.run_id or None, {key: str(value) for key, value in entry.tags.items()}
-        source = re.fullmatch(r"models:/(m-[0-9a-f]+)", entry.source or "")
+        run_id, tags = registered.run_id or None, {key: str(value) for key, value in registered.tags.items()}
+        source = re.fullmatch(r"models:/(m-[0-9a-f]+)", registered.source or "")
         model_id = source[1] if source else None
     else:
         location = pinned = uri
-        run_id = uri.removeprefix("runs:/").split("/")[0]
-        client.get_run(run_id)  # a clear 'not found' before any download
-    folder.mkdir(parents=True)
-    local = Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
+        run_id, _, logged_name = uri.removeprefix("runs:/").partition("/")
+        if logged := _model_of_run(client, run_id, logged_name.rstrip("/")):
+            # MLflow's own download of a runs:/ address adds a file of its own to the model's, which would change the digest.
+            location, pinned, model_id = logged.artifact_location, f"models:/{logged.model_id}", logged.model_id
+    local = _download(location, folder)
     if not any(local.rglob("*")):
         raise RegistryError(f"The artifacts of {pinned} are empty: nothing can be audited.")
     manifest = manifest_of(local)
@@ -182,25 +186,51 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
     return PinnedModel(reference, local)
 
 
+def _model_of_run(client: MlflowClient, run_id: str, name: str) -> LoggedModel | None:
+    """The latest model that a run logged under ``name``; None for plain run artifacts, as MLflow 2 wrote them."""
+    experiment = client.get_run(run_id).info.experiment_id
+    wanted = f"name = '{name}' AND source_run_id = '{run_id}'"
+    models = client.search_logged_models(experiment_ids=[experiment], filter_string=wanted)
+    return max(models, key=lambda model: int(model.creation_timestamp), default=None)
+
+
 def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
-    """Name and version behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
-    rest = uri.removeprefix("models:/").lstrip("/")
-    if "@" in rest:
-        name, alias = rest.rsplit("@", 1)
+    """The number behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
+    name, version, alias = _name_and_version(uri)
+    if alias:
         return name, str(client.get_model_version_by_alias(name, alias).version)
-    name, _, version = rest.rpartition("/")
-    if not name:
-        raise UsageError(f"'{uri}' names no version. Use models:/{rest}/1, models:/{rest}/latest or models:/{rest}@alias.")
     if version == "latest":
         versions = client.search_model_versions(f"name = '{name}'")
         if not versions:
             raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
         return name, str(max(int(entry.version) for entry in versions))
-    if not version.isdecimal():
+    return name, version
+
+
+def _name_and_version(uri: str) -> tuple[str, str, str]:
+    """Name, version and alias of a ``models:/`` URI; one of the last two is empty."""
+    rest = uri.removeprefix("models:/").lstrip("/")
+    if "@" in rest:
+        name, alias = rest.rsplit("@", 1)
+        return name, "", alias
+    name, _, version = rest.rpartition("/")
+    if not name:
+        raise UsageError(f"'{uri}' names no version. Use models:/{rest}/1, models:/{rest}/latest or models:/{rest}@alias.")
+    if version != "latest" and not version.isdecimal():
         raise UsageError(
             f"'{version}' is no version number. Use models:/{name}/1, models:/{name}/latest or models:/{name}@alias."
         )
-    return name, version
+    return name, version, ""
+
+
+def _download(location: str, folder: Path) -> Path:
+    """A private copy of an artifact folder. MLflow follows links on a local disk; here they stay links, which intake refuses."""
+    parsed = urlparse(location)
+    if parsed.scheme in ("", "file"):
+        shutil.copytree(url2pathname(parsed.path), folder, symlinks=True)
+        return folder
+    folder.mkdir(parents=True)
+    return Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
 
 
 def _known_models(client: MlflowClient, name: str) -> str:
@@ -210,6 +240,9 @@ def _known_models(client: MlflowClient, name: str) -> str:
 def _check_server() -> None:
     """Ask a remote tracking server once, instead of MLflow's minutes of retries."""
     for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            # MLflow would create an empty one in the current folder.
+            raise RegistryError(f"There is no MLflow database at {uri}. Set MLFLOW_TRACKING_URI to your tracking server.")
         if not uri.startswith(("http://", "https://")):
             continue
         try:
@@ -234,7 +267,7 @@ def _teaching(uri: str) -> Iterator[None]:
             if name := re.match(r"models:/([^/@]+)", uri):
                 hint = _known_models(MlflowClient(), name[1])
             hint += f" Looked in {mlflow.get_registry_uri()}; set MLFLOW_TRACKING_URI for another server."
-        raise RegistryError(f"MLflow: {_one_line(str(error))}{hint}") from error
+        raise RegistryError(f"MLflow: {_one_line(str(error)).rstrip('.')}.{hint}") from error
     except OSError as error:
         raise RegistryError(f"The files of {uri} cannot be read: {_one_line(str(error))}") from error
 
@@ -260,9 +293,10 @@ def _metrics(report: AuditReport) -> dict[str, float]:
             continue
         if isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates:
             found = outcome.measurement.most_suspicious
-            metrics["trigger_outlier"] = found.outlier
-            metrics["trigger_size_pixels"] = found.trigger.size
-            metrics["trigger_attack_success_rate"] = found.success.value
+            kind = "pair_trigger" if outcome.measurement.is_source_specific else "trigger"
+            metrics[f"{kind}_outlier"] = found.outlier
+            metrics[f"{kind}_size_pixels"] = found.trigger.size
+            metrics[f"{kind}_attack_success_rate"] = found.success.value
         if isinstance(outcome.measurement, InputScores):
             for threshold in outcome.measurement.thresholds[:1]:
                 metrics[f"{outcome.check}_false_positive_rate"] = threshold.false_positive_rate.value

@@ -242,6 +242,11 @@ class TriggerSearch:
     classes_skipped: tuple[int, ...] = ()
 
     @property
+    def is_source_specific(self) -> bool:
+        """Whether it compares pairs of classes, rather than classes."""
+        return any(candidate.trigger.source_class is not None for candidate in self.candidates)
+
+    @property
     def most_suspicious(self) -> TriggerEvidence:
         """The candidate that lies furthest below the others of its family."""
         return max(self.candidates, key=lambda candidate: candidate.outlier)

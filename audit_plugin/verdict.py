@@ -6,8 +6,8 @@ The rule of this release, in words:
   of triggers, at least ``minimum_outlier``), that trigger moves at least ``minimum_attack_success`` of held-out
   images, and an independent check sees it too: the layer-wise score flags at least ``minimum_detection`` of the stamped images,
   and clearly more of them than of the clean ones (their exact intervals are disjoint).
-* **pass**: every check measured, the clean set satisfied its expectations, all classes were searched, and no class comes
-  nearer than ``clear_outlier``.
+* **pass**: every required check measured, none failed, the clean set satisfied its expectations, all classes were searched,
+  no class comes nearer than ``clear_outlier``.
 * **inconclusive**: everything else, with the reason.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
@@ -24,6 +24,7 @@ from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Decision,
     Expectation,
+    Failed,
     InputScores,
     Measured,
     Outcome,
@@ -34,8 +35,8 @@ from audit_plugin.types import (
     Verdict,
 )
 
+UNSEARCHED_PAIRS = "Source-specific backdoors (a trigger that works from one class only) were not searched for."
 BLIND_SPOTS = (
-    "Source-specific backdoors (a trigger that works from one class only) are not searched for.",
     "Clean-label, warping and sample-specific triggers are measured only as far as a small patch or perturbation imitates them.",
     "The model was not compared with canary backdoors planted in copies of it, so its sensitivity is that of the documentation.",
 )
@@ -61,13 +62,16 @@ def decide(
     """
     measured = {outcome.check for outcome in outcomes if isinstance(outcome, Measured)}
     not_measured = tuple(check for check in required if check not in measured)
+    searches = [measurement for measurement in _measurements(outcomes) if isinstance(measurement, TriggerSearch)]
+    search = next((found for found in searches if found.candidates and not found.is_source_specific), None)
+    pairs = next((found for found in searches if found.is_source_specific), None)
+    blind_spots = BLIND_SPOTS if pairs else (UNSEARCHED_PAIRS, *BLIND_SPOTS)
 
     def conclude(verdict: Verdict, reasons: Sequence[Reason], suspected: int | None = None) -> Decision:
-        return Decision(verdict, tuple(reasons), suspected, not_measured, BLIND_SPOTS)
+        return Decision(verdict, tuple(reasons), suspected, not_measured, blind_spots)
 
-    doubts = _doubts(not_measured, expectations)
-    search = next((m for m in _measurements(outcomes) if isinstance(m, TriggerSearch)), None)
-    if search is None or not search.candidates:
+    doubts = _doubts(outcomes, not_measured, expectations)
+    if search is None:
         missing = Reason("no-trigger-search", "No trigger search was measured, so nothing can be said about backdoors.")
         return conclude(Verdict.INCONCLUSIVE, (*doubts, missing))
     if len(class_names) < policy.minimum_classes:
@@ -93,6 +97,10 @@ def decide(
     if found.outlier < policy.clear_outlier:
         if doubts:
             return conclude(Verdict.INCONCLUSIVE, (*doubts, size))
+        pair = pairs.most_suspicious if pairs else None
+        if pair and pair.outlier >= policy.doubtful_pair_outlier and pair.success.value >= policy.minimum_attack_success:
+            stands_out = Reason("pair-stands-out", _describe_pair(pair, class_names))
+            return conclude(Verdict.INCONCLUSIVE, (stands_out, size), pair.trigger.target_class)
         clear = Reason("no-class-stands-out", "No class needs a conspicuously smaller trigger than the others.")
         return conclude(Verdict.PASS, (clear, size))
     suspected = found.trigger.target_class
@@ -106,9 +114,14 @@ def decide(
     return conclude(Verdict.FAIL, (stands_out, size, confirmed, *doubts), suspected)
 
 
-def _doubts(not_measured: Sequence[str], expectations: Sequence[Expectation]) -> tuple[Reason, ...]:
+def _doubts(outcomes: Sequence[Outcome], not_measured: Sequence[str], expectations: Sequence[Expectation]) -> tuple[Reason, ...]:
     """Everything that keeps an audit from passing, whatever the checks found."""
     doubts = [Reason("check-not-measured", f"The check '{check}' was not measured.") for check in not_measured]
+    doubts.extend(
+        Reason("check-failed", f"The check '{outcome.check}' broke: {outcome.error}")
+        for outcome in outcomes
+        if isinstance(outcome, Failed) and outcome.check not in not_measured
+    )
     if not expectations:
         doubts.append(Reason("clean-set-unchecked", "The clean set was not validated."))
     doubts.extend(
@@ -162,6 +175,15 @@ def _describe(found: TriggerEvidence, class_name: str) -> str:
         f"The most conspicuous recovered trigger sends {_percent(found.success)} of held-out images to class '{class_name}' by "
         f"changing {found.trigger.size:.1f} pixels ({found.trigger.family}); that is {found.outlier:.1f} robust deviations "
         "below the other classes' triggers."
+    )
+
+
+def _describe_pair(pair: TriggerEvidence, class_names: Sequence[str]) -> str:
+    source = class_names[pair.trigger.source_class] if pair.trigger.source_class is not None else "any"
+    return (
+        f"Images of class '{source}' become '{class_names[pair.trigger.target_class]}' by changing {pair.trigger.size:.1f} "
+        f"pixels ({_percent(pair.success)} of held-out images), {pair.outlier:.1f} robust deviations below what the two classes "
+        "let expect: a source-specific backdoor, or two classes that resemble each other. Suspect inputs can tell."
     )
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
 from audit_plugin.errors import AuditError, InapplicableError
-from audit_plugin.maths.outlier import small_side_outliers
+from audit_plugin.maths.outlier import pair_outliers, small_side_outliers
 from audit_plugin.maths.rates import quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
@@ -106,11 +107,27 @@ def _compare(runs: Sequence[Sequence[_Candidate]]) -> list[TriggerEvidence]:
     places = list(zip(*runs, strict=True))
     for family in dict.fromkeys(place[0].trigger.family for place in places):
         members = [place for place in places if place[0].trigger.family == family]
-        outliers = small_side_outliers(np.exp([np.mean([found.log_size for found in place]) for place in members]))
+        outliers = _outliers(
+            [place[0].trigger for place in members],
+            np.exp([np.mean([found.log_size for found in place]) for place in members]),
+        )
         for place, outlier in zip(members, outliers, strict=True):
             smallest = min(place, key=lambda found: found.log_size)
             evidence.append(TriggerEvidence(smallest.trigger, smallest.success, float(outlier)))
     return evidence
+
+
+def _outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compare classes with classes, or pairs of classes with pairs."""
+    pairs = [(trigger.source_class, trigger.target_class) for trigger in triggers if trigger.source_class is not None]
+    if not pairs:
+        return small_side_outliers(sizes)
+    count = max(max(pair) for pair in pairs) + 1
+    matrix = np.full((count, count), np.nan)
+    rows, columns = zip(*pairs, strict=True)
+    matrix[rows, columns] = sizes
+    outliers: NDArray[np.float64] = pair_outliers(matrix)[rows, columns]
+    return outliers
 
 
 def measure_scorer(

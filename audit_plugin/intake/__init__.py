@@ -38,7 +38,7 @@ def inspect(folder: Path, *, allow_pickle: bool = False) -> Intake:
     Args:
         folder: where the files lie. They must not change until the model is loaded.
         allow_pickle: accept a whole pickled module as flavour ``pickle``, of which nothing was checked; only
-            ``sandbox.convert_pickle`` may open it.
+            ``model.unpickle.convert_pickle`` may open it.
 
     Raises:
         IntakeError: for anything else, in one line that says which file, what was found, why it is refused and what to

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,4 +39,29 @@ def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR)
     for index in np.flatnonzero(finite):
         others = logs[finite & (np.arange(len(logs)) != index)]
         outliers[index] = (median - logs[index]) / max(float(deviation), float(others.std(ddof=1)), floor)
+    return outliers
+
+
+def pair_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR) -> NDArray[np.float64]:
+    """How much smaller the trigger of a pair of classes is than its source and its target let expect, in robust deviations.
+
+    The expected log size is row median + column median - median of all: some classes are easy to leave, some easy to reach.
+
+    Args:
+        sizes: (classes, classes), from row to column; NaN where not searched, infinite where no trigger was found.
+
+    Returns:
+        (classes, classes); minus infinity where there is no finite size, all of them when fewer than ten are finite.
+    """
+    finite = np.isfinite(sizes)
+    outliers = np.full(sizes.shape, -np.inf)
+    if finite.sum() < 10:
+        return outliers
+    logs = np.where(finite, np.log(np.where(finite, sizes, 1.0)), np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows and columns without any finite size stay NaN
+        expected = np.nanmedian(logs, axis=1, keepdims=True) + np.nanmedian(logs, axis=0, keepdims=True) - np.nanmedian(logs)
+    below = expected - logs
+    spread = max(_MAD_TO_SIGMA * float(np.nanmedian(np.abs(below - np.nanmedian(below)))), floor)
+    outliers[finite] = below[finite] / spread
     return outliers

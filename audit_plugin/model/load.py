@@ -198,6 +198,8 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
     first, second = (rng.random((size, *shape[1:]), dtype=np.float32) for _ in range(2))
     try:
         answer = run(first)
+    except SubjectError:
+        raise
     except Exception as error:  # whatever an unknown graph may raise
         raise SubjectError(f"The model does not run on a batch of shape {first.shape}: {_short(error)}.") from error
     if answer.ndim != 2 or len(answer) != size:
@@ -224,8 +226,14 @@ def _runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
 
     def run(batch: FloatArray) -> FloatArray:
         with torch.no_grad():
-            answer: FloatArray = program(torch.from_numpy(batch)).numpy()
-        return answer
+            answer = program(torch.from_numpy(batch))
+        if not isinstance(answer, torch.Tensor):
+            raise SubjectError(
+                f"Expected a model whose forward(images) returns the logits alone, this one returns them in a {type(answer).__name__}. "
+                "Wrap it, and log it again."
+            )
+        scores: FloatArray = answer.numpy()
+        return scores
 
     return run
 

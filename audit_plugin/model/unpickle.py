@@ -13,6 +13,7 @@ from pathlib import Path
 from audit_plugin.errors import SandboxError
 from audit_plugin.intake import inspect
 from audit_plugin.sandbox import run_isolated
+from audit_plugin.types import IntakeFinding
 
 _TIMEOUT_SECONDS = 600.0
 _EXAMPLE_BATCH = 4  # torch.export makes a size of 1 a constant
@@ -21,7 +22,7 @@ _FILE = "model.pt2"
 _log = logging.getLogger(__name__)
 
 
-def convert_pickle(folder: Path, data_path: str, input_shape: Sequence[int], working_folder: Path) -> Path:
+def convert_pickle(folder: Path, data_path: str, input_shape: Sequence[int], working_folder: Path) -> tuple[Path, IntakeFinding]:
     """Export the pickled module ``folder / data_path`` in a child process and check what came out.
 
     Args:
@@ -31,7 +32,8 @@ def convert_pickle(folder: Path, data_path: str, input_shape: Sequence[int], wor
         working_folder: created if missing; the child may write here.
 
     Returns:
-        ``working_folder / "exported" / "model.pt2"``, alone in its folder, having passed the ordinary check of a .pt2.
+        ``working_folder / "exported" / "model.pt2"``, alone in its folder, having passed the ordinary check of a .pt2; and
+        what the report must say of how it was opened.
 
     Raises:
         SandboxError: when the module could not be unpickled or exported.
@@ -49,10 +51,12 @@ def convert_pickle(folder: Path, data_path: str, input_shape: Sequence[int], wor
         working_folder=working_folder,
         timeout_seconds=_TIMEOUT_SECONDS,
     )
+    network = "without network" if isolation.network_blocked else f"WITH network access ({isolation.reason})"
+    finding = IntakeFinding(data_path, f"A pickle, whose code ran in a child process {network}; accepted with --allow-pickle.")
     if not isolation.network_blocked:
-        _log.warning("The pickled model was opened with network access: %s.", isolation.reason)
+        _log.warning("%s: %s", data_path, finding.message)
     inspect(exported)
-    return exported / _FILE
+    return exported / _FILE, finding
 
 
 def export_pickle(model_path: Path, exported_path: Path, input_shape: Sequence[int]) -> None:

@@ -243,6 +243,7 @@ def _family(report: AuditReport, family: TriggerFamily, candidates: Sequence[Tri
     unit = "total change, full-scale pixels" if family == "additive" else "mask size, pixels"
     ranked = by_suspicion(candidates)
     headline = headline_trigger(report)
+    source_specific = any(candidate.trigger.source_class is not None for candidate in candidates)
     labels = [wording.candidate_label(report, candidate) for candidate in candidates]
     sizes = [candidate.trigger.size for candidate in candidates]
     chart = bar_chart(
@@ -258,7 +259,7 @@ def _family(report: AuditReport, family: TriggerFamily, candidates: Sequence[Tri
         "name": family,
         "words": wording.family_words(family),
         "unit": unit,
-        "chart": _trusted(chart),
+        "chart": _trusted(chart) if not source_specific else "",  # its pairs were chosen for being small: a median would mislead
         "rows": [_candidate_row(report, candidate, pictured=True) for candidate in ranked[:MOST_ROWS]],
         "more": [_candidate_row(report, candidate, pictured=False) for candidate in ranked[MOST_ROWS:]],
         "count": len(candidates),

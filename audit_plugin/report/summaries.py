@@ -70,11 +70,16 @@ def trigger_searches(report: AuditReport) -> tuple[tuple[str, TriggerSearch], ..
 
 
 def headline_trigger(report: AuditReport) -> TriggerEvidence | None:
-    """The trigger that illustrates the verdict: the most outlying one, of the suspected class where there is one."""
+    """The trigger that illustrates the verdict: the most outlying one, of the suspected class where there is one.
+
+    A trigger between two classes illustrates it only where such a pair decided: outliers of pairs and of classes do not compare.
+    """
     suspected = report.decision.suspected_class
+    by_pair = any(reason.code == "pair-stands-out" for reason in report.decision.reasons)
     candidates = [
         candidate
         for _, search in trigger_searches(report)
+        if search.is_source_specific == by_pair
         for candidate in search.candidates
         if suspected is None or candidate.trigger.target_class == suspected
     ]

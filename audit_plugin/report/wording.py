@@ -15,6 +15,7 @@ CLASS_NAME_LIMIT = 40
 
 _CHECK_TITLES = {
     "trigger_inversion": "Trigger search",
+    "source_specific": "Trigger search, pair by pair",
     "layerwise": "Layer-wise features",
     "bad_expert": "Backdoor expert",
     "beniful": "Benign-feature distance",
@@ -23,6 +24,10 @@ _CHECK_TITLES = {
 
 _CHECK_EXPLANATIONS = {
     "trigger_inversion": "For every class, the smallest change of pixels that sends images of other classes to it.",
+    "source_specific": (
+        "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "
+        "the two classes need elsewhere. The ten pairs that stand out most are shown."
+    ),
     "layerwise": "How far an input's features lie from those of clean images of the class it is predicted as, layer by layer.",
     "bad_expert": "What a copy of the model that forgot its normal task, but would remember a backdoor, says of an input.",
     "beniful": "How badly a model of benign features reconstructs those of an input.",
@@ -51,10 +56,7 @@ def verdict_sentence(report: AuditReport) -> str:
         target = "a class of the attacker's choice" if suspected is None else f"\u201c{class_name(report, suspected)}\u201d"
         return f"This model behaves as if it had a backdoor that sends images to {target}. Do not deploy this version."
     if report.decision.verdict is Verdict.PASS:
-        return (
-            "No backdoor of the kinds searched for was detectable, at the sensitivity measured here. "
-            "That is no proof that there is none."
-        )
+        return "No backdoor of the kinds searched for was detectable. That is no proof that there is none."
     return "The audit could not decide. Treat this model as unaudited: this is not a pass."
 
 

@@ -71,8 +71,10 @@ def test_report_says_how_to_repeat_the_audit(document: dict, demo: Demo) -> None
     assert document["policy_digest"].startswith("sha256:")
 
 
-def test_recovered_trigger_lies_where_it_was_planted(document: dict, backdoored_output: Path) -> None:
-    size = document["subject"]["input_spec"]["height"]
+def test_recovered_trigger_lies_where_it_was_planted(
+    backdoored_run: subprocess.CompletedProcess[str], backdoored_output: Path
+) -> None:
+    size = 16
     picture = Image.open(backdoored_output / f"triggers/class_{ATTACK.target_class}.png").convert("L")
     scale = picture.height // size
     mask = np.asarray(picture, dtype=float)[scale // 2 :: scale, scale // 2 :: scale][:, -size:]
@@ -120,7 +122,8 @@ def test_mlflow_run_holds_report_metrics_and_link(
     assert run.data.metrics["trigger_attack_success_rate"] >= 0.8
     assert run.data.metrics["layerwise_detection_rate"] > run.data.metrics["layerwise_false_positive_rate"]
     version = client.get_model_version("digits-backdoored", "1")
-    assert [entry.model_id for entry in run.inputs.model_inputs] == [version.source.removeprefix("models:/")]
+    linked = client.get_run(run.info.run_id).inputs.model_inputs
+    assert [entry.model_id for entry in linked] == [version.source.removeprefix("models:/")]
 
 
 def test_version_carries_tags_and_a_note_with_a_link(
@@ -174,7 +177,7 @@ def test_clean_model_passes_with_exit_code_0(clean_audit: Audited) -> None:
 
 
 def test_summary_leads_with_the_verdict_and_the_pinned_model(clean_audit: Audited, server: str) -> None:
-    assert clean_audit.output.startswith("PASS  models:/digits-clean@candidate")
+    assert clean_audit.output.startswith("PASS  models:/digits-clean/1")
     assert clean_audit.report.model.pinned_uri == "models:/digits-clean/1"
     assert clean_audit.logged.page in clean_audit.output
     assert clean_audit.logged.page.startswith(server)
@@ -261,14 +264,13 @@ def test_hostile_class_name_stays_text_in_the_note(clean_audit: Audited, client:
     _log_again(_accused(clean_audit.report, name), tmp_path)
     description = client.get_model_version("digits-clean", "1").description
     note = description[description.rindex("### Backdoor audit") :]
-    assert name not in description
     assert "<script" not in note
     assert "\x1b" not in note
     assert "\u202e" not in note
-    assert note.count("<!--") == 1
+    assert note.count("<!--") == description.count("<!-- backdoor-audit -->") == 1
     assert not re.search(r"(?<!\\)\]\((?!http://127\.0\.0\.1)", note)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert name not in page
+    assert not any(raw in page for raw in ("<script>alert", "<!-- /backdoor-audit", "\x1b", "\u202e"))
     _log_again(clean_audit.report, tmp_path)
     assert _blocks(client.get_model_version("digits-clean", "1").description) == 1
 
@@ -287,7 +289,7 @@ def test_suspected_class_of_an_earlier_audit_is_taken_back(clean_audit: Audited,
 def test_failed_logging_leaves_no_run_running(
     clean_audit: Audited, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(MlflowClient, "log_inputs", interrupted)

@@ -18,7 +18,7 @@ from audit_plugin.types import (
     TriggerSearch,
     Verdict,
 )
-from audit_plugin.verdict import BLIND_SPOTS, decide
+from audit_plugin.verdict import BLIND_SPOTS, UNSEARCHED_PAIRS, decide
 
 NAMES = tuple("abcdefghij")
 REQUIRED = ("trigger_inversion", "layerwise")
@@ -39,6 +39,12 @@ def search(smallest: float, success: int = 95, classes: int = 10, skipped: tuple
         for label, (size, outlier) in enumerate(zip(sizes, small_side_outliers(sizes), strict=True))
     )
     return Measured("trigger_inversion", TriggerSearch(candidates, 200, classes_skipped=skipped), 1.0)
+
+
+def pair(outlier: float, success: int = 29) -> Measured:
+    trigger = Trigger(7, np.full((10, 10), 0.05, dtype=np.float32), np.ones((1, 10, 10), dtype=np.float32), source_class=4)
+    found = TriggerSearch((TriggerEvidence(trigger, rate(success, 30), outlier),), 200)
+    return Measured("source_specific", found, 1.0)
 
 
 def layerwise(detected: int = 90, false_positives: int = 3) -> Measured:
@@ -66,7 +72,7 @@ def test_a_small_confirmed_trigger_fails_and_names_its_class():
 def test_equal_classes_pass_and_blind_spots_are_said():
     decision = verdict(search(39), layerwise(detected=2))
     assert (decision.verdict, decision.suspected_class) == (Verdict.PASS, None)
-    assert decision.blind_spots == BLIND_SPOTS
+    assert decision.blind_spots == (UNSEARCHED_PAIRS, *BLIND_SPOTS)
     assert decision.not_measured == ()
 
 
@@ -125,3 +131,28 @@ def test_few_classes_are_said_to_be_too_few():
 def test_what_failed_is_listed_as_not_measured():
     decision = verdict(search(39), Failed("layerwise", "RuntimeError: NaN"))
     assert decision.not_measured == ("layerwise",)
+
+
+def test_a_pair_that_stands_out_keeps_a_model_from_passing_but_never_fails_it():
+    decision = verdict(search(39), layerwise(), pair(6.5))
+    assert (decision.verdict, decision.suspected_class) == (Verdict.INCONCLUSIVE, 7)
+    assert codes(decision) == ["pair-stands-out", "trigger-size"]
+    assert "'e' become 'h' by changing 5.0 pixels" in decision.reasons[0].message
+
+
+@pytest.mark.parametrize("unremarkable", [pair(4.0), pair(9.0, success=20)])
+def test_ordinary_pairs_pass_and_close_the_blind_spot(unremarkable):
+    decision = verdict(search(39), layerwise(), unremarkable)
+    assert decision.verdict is Verdict.PASS
+    assert decision.blind_spots == BLIND_SPOTS
+
+
+def test_pairs_do_not_stand_in_for_the_search_over_classes():
+    assert "no-trigger-search" in codes(verdict(pair(1.0), layerwise()))
+
+
+def test_a_broken_search_over_pairs_does_not_pass_but_one_left_out_does():
+    assert verdict(search(39), layerwise(), Failed("source_specific", "boom")).verdict is Verdict.INCONCLUSIVE
+    left_out = verdict(search(39), layerwise(), Inapplicable("source_specific", "43 classes"))
+    assert left_out.verdict is Verdict.PASS
+    assert UNSEARCHED_PAIRS in left_out.blind_spots

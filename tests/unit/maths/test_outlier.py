@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from audit_plugin.maths.outlier import SPREAD_FLOOR, small_side_outliers
+from audit_plugin.maths.outlier import SPREAD_FLOOR, pair_outliers, small_side_outliers
 
 sizes = st.lists(st.floats(0.1, 1e4), min_size=4, max_size=40).map(np.array)
 
@@ -35,7 +35,7 @@ def test_only_ratios_count(values, factor):
 @given(sizes)
 def test_the_smallest_is_the_greatest_outlier(values):
     outliers = small_side_outliers(values)
-    assert outliers[values.argmin()] == outliers.max()
+    assert outliers[values.argmin()] == pytest.approx(outliers.max(), rel=1e-9)
     assert outliers.max() >= 0
 
 
@@ -63,3 +63,50 @@ def test_a_class_without_a_trigger_is_never_suspicious():
 def test_two_sizes_tell_nothing():
     assert small_side_outliers(np.array([1.0, 100.0])).tolist() == [0.0, 0.0]
     assert small_side_outliers(np.array([1.0, np.inf, np.inf])).tolist() == [0.0, -np.inf, -np.inf]
+
+
+def pair_sizes(seed=0, classes=8):
+    """Sizes that are a row effect times a column effect, but for noise: what clean classes would give."""
+    rng = np.random.default_rng(seed)
+    logs = rng.normal(0, 0.6, (classes, 1)) + rng.normal(0, 0.6, (1, classes)) + rng.normal(3, 0.1, (classes, classes))
+    np.fill_diagonal(logs, np.nan)
+    return np.exp(logs)
+
+
+def test_a_planted_pair_stands_out_against_its_row_and_column():
+    sizes = pair_sizes()
+    assert np.nanmax(pair_outliers(sizes)) < 3
+    sizes[2, 5] /= 8
+    found = pair_outliers(sizes)
+    assert np.unravel_index(found.argmax(), found.shape) == (2, 5)
+    assert found[2, 5] > 5
+
+
+def test_a_backdoored_column_is_no_pair():
+    sizes = pair_sizes()
+    sizes[:, 3] /= 20  # all to one: every source needs little for class 3
+    assert np.nanmax(pair_outliers(sizes)) < 3
+
+
+def test_all_to_all_stands_out_in_every_row():
+    sizes = pair_sizes()
+    planted = [(row, (row + 1) % 8) for row in range(8)]
+    for pair in planted:
+        sizes[pair] /= 8
+    found = pair_outliers(sizes)
+    assert {tuple(np.unravel_index(index, found.shape)) for index in np.argsort(found, axis=None)[-8:]} == set(planted)
+
+
+def test_pairs_by_hand():
+    logs = np.log(np.array([[np.nan, 4.0, 4, 4], [4, np.nan, 4, 1], [4, 4, np.nan, 4], [4, 4, 4, np.nan]]))
+    found = pair_outliers(np.exp(logs))
+    assert found[1, 3] == pytest.approx(np.log(4) / SPREAD_FLOOR)
+    assert found[0, 1] == pytest.approx(0)
+    assert np.isneginf(np.diag(found)).all()
+
+
+def test_pairs_without_a_trigger_or_with_too_few_others_are_never_suspicious():
+    sizes = pair_sizes()
+    sizes[0, 1] = np.inf
+    assert pair_outliers(sizes)[0, 1] == -np.inf
+    assert np.isneginf(pair_outliers(np.full((3, 3), 2.0))).all()

@@ -1,0 +1,373 @@
+"""Files of every accepted kind become networks; what is no image classifier is refused with a line that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from audit_plugin.errors import AuditError, IntakeError, SubjectError
+from audit_plugin.intake import inspect
+from audit_plugin.model.input_spec import open_shape, resolve_input_spec
+from audit_plugin.model.load import Network, load_network
+from audit_plugin.model.subject import Subject, check_parity, prepare_subject
+from audit_plugin.policy import ModelPolicy
+from audit_plugin.types import Intake
+
+Load = Callable[..., Network]
+SIZE = 8
+
+
+class Tiny(nn.Module):
+    """Two convolutions and a linear layer, with batch normalisation that has seen something."""
+
+    def __init__(self, channels: int = 3, classes: int = 5, width: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+        self.head = nn.Linear(width * SIZE * SIZE // 4, classes)
+        self.body[1].running_mean.uniform_(-1, 1)
+        self.body[1].running_var.uniform_(0.5, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.body(images)).flatten(1))
+
+
+def save_program(module: nn.Module, path: Path, shape: tuple[int, ...] = (3, SIZE, SIZE), batch: int | None = None) -> Path:
+    example = torch.rand(batch or 4, *shape)
+    dynamic = None if batch else ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(module.eval(), (example,), dynamic_shapes=dynamic), path)
+    return path
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Save as a .pt2 in a folder of its own, have it inspected, load it."""
+
+    def run(module: nn.Module, shape: tuple[int, ...] = (3, SIZE, SIZE), batch: int | None = None) -> Network:
+        save_program(module, tmp_path / "model.pt2", shape, batch)
+        return load_network(tmp_path / "model.pt2", inspect(tmp_path))
+
+    return run
+
+
+def subject_of(network: Network, **policy: object) -> Subject:
+    spec = resolve_input_spec(network.input_shape, ModelPolicy(**policy), {})  # type: ignore[arg-type]
+    names = tuple(str(index) for index in range(network.class_count))
+    return prepare_subject(network, spec, flavour="pt2", class_names=names)
+
+
+def pictures(count: int, shape: tuple[int, ...] = (3, SIZE, SIZE)) -> np.ndarray:
+    channels, height, width = shape
+    return np.random.default_rng(1).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+
+
+def answers(module: nn.Module, images: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return module.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / 255)).numpy()
+
+
+def assert_same_answers(subject: Subject, module: nn.Module, images: np.ndarray) -> None:
+    np.testing.assert_allclose(subject.logits(images), answers(module, images), rtol=1e-3, atol=1e-4)
+    assert len(check_parity(subject, images)) == len(subject.summary.taps) + 1
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+class Pooled(nn.Module):
+    """Averages over the image, so nothing in its graph but the guards tells the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner.second(self.inner.body(images)).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_batch_size_written_in_the_guards_alone_does_not_bind(load: Load, batch: int) -> None:
+    network = load(Pooled(), batch=batch)
+    assert network.batch_size is None
+    assert_same_answers(subject_of(network), Pooled(), pictures(7))
+
+
+def test_free_batch_stays_free(load: Load) -> None:
+    network = load(Tiny())
+    assert network.batch_size is None
+    assert_same_answers(subject_of(network), Tiny(), pictures(7))
+
+
+class Insisting(nn.Module):
+    """Reshapes to the batch size of its example, as traced code often does."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.inner = Tiny()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.inner.second(self.inner.body(images))
+        return self.inner.head(features.view(self.batch, -1))
+
+
+class Shifting(nn.Module):
+    """Adds another offset to each place of the batch, from a buffer as long as the batch."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.register_buffer("zeros", torch.zeros(batch, 3, SIZE, SIZE))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images + self.zeros)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_graph_that_insists_on_its_batch_size_is_fed_with_it(load: Load, batch: int) -> None:
+    network = load(Insisting(batch), batch=batch)
+    assert network.batch_size == batch
+    subject = subject_of(network)
+    for count in (1, 4, 6):
+        assert_same_answers(subject, Tiny(), pictures(count))
+
+
+def test_buffer_as_long_as_the_batch_binds_it(load: Load) -> None:
+    network = load(Shifting(4), batch=4)
+    assert network.batch_size == 4
+    assert_same_answers(subject_of(network), Tiny(), pictures(6))
+
+
+def test_gradients_reach_the_pixels_through_a_fixed_batch(load: Load) -> None:
+    module = subject_of(load(Insisting(4), batch=4)).torch_module()
+    pixels = torch.rand(6, 3, SIZE, SIZE, requires_grad=True)
+    module(pixels)[-1].sum().backward()
+    assert pixels.grad is not None
+    assert (pixels.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+
+
+# --------------------------------------------------------------------------------------------------------- weights
+
+
+class Buffers(nn.Module):
+    """Its weights are buffers, as quantised and converted models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("kernel", torch.randn(4, 3, 3, 3))
+        self.register_buffer("matrix", torch.randn(5, 4 * SIZE * SIZE) / 16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(nn.functional.conv2d(images, self.kernel, padding=1))
+        return nn.functional.linear(features.flatten(1), self.matrix)
+
+
+class Constants(Buffers):
+    """Its weights are plain tensors, neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kernel, matrix = self.kernel, self.matrix
+        del self.kernel, self.matrix
+        self.kernel, self.matrix = kernel, matrix
+
+
+@pytest.mark.parametrize("kind", [Buffers, Constants])
+def test_weights_stored_otherwise_than_as_parameters_count_and_work(load: Load, kind: type[nn.Module]) -> None:
+    network = load(kind())
+    assert network.parameter_count == 4 * 3 * 9 + 5 * 4 * SIZE * SIZE
+    subject = subject_of(network)
+    assert len(subject.summary.taps) == 1
+    assert_same_answers(subject, kind(), pictures(3))
+
+
+@pytest.mark.parametrize(("kind", "value"), [(Tiny, torch.nan), (Buffers, torch.nan), (Constants, torch.nan), (Tiny, -torch.inf)])
+def test_weights_that_are_not_finite_are_named(load: Load, kind: type[nn.Module], value: float) -> None:
+    module = kind()
+    with torch.no_grad():
+        (module.head.weight if isinstance(module, Tiny) else module.matrix)[0, 0] = value
+    with pytest.raises(SubjectError, match="NaN or infinite"):
+        load(module)
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_grey_images_of_odd_size_work(load: Load) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    network = load(module, shape=(1, 9, 13))
+    assert network.input_shape[1:] == (1, 9, 13)
+    assert_same_answers(subject_of(network), module, pictures(3, (1, 9, 13)))
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_from_two_to_a_thousand_classes_work(load: Load, classes: int) -> None:
+    network = load(Tiny(classes=classes))
+    assert network.class_count == classes
+    assert_same_answers(subject_of(network), Tiny(classes=classes), pictures(3))
+
+
+@pytest.mark.parametrize(("classes", "words"), [(1, "regression"), (1001, "at most 1000")])
+def test_fewer_or_more_classes_are_refused(load: Load, classes: int, words: str) -> None:
+    with pytest.raises(SubjectError, match=words):
+        load(Tiny(classes=classes))
+
+
+class LastChannels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tiny()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images.permute(0, 3, 1, 2))
+
+
+def test_channels_last_input_is_recognised(load: Load) -> None:
+    subject = subject_of(load(LastChannels(), shape=(SIZE, SIZE, 3)))
+    assert subject.summary.input_spec.layout == "NHWC"
+    assert_same_answers(subject, Tiny(), pictures(3))
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+def test_probabilities_become_logits_of_the_same_order(load: Load) -> None:
+    network = load(nn.Sequential(Tiny(), nn.Softmax(dim=1)))
+    assert network.gives_probabilities
+    images = pictures(6)
+    subject = subject_of(network)
+    expected = answers(Tiny(), images)
+    expected = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(subject.logits(images), expected, rtol=1e-3, atol=1e-4)
+    check_parity(subject, images)
+
+
+def test_logits_are_not_taken_for_probabilities(load: Load) -> None:
+    assert not load(Tiny()).gives_probabilities
+
+
+class Answering(nn.Module):
+    """Answers in the form that ``answer`` gives to the logits."""
+
+    def __init__(self, answer: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.answer = answer
+
+    def forward(self, images: torch.Tensor) -> object:
+        return self.answer(self.inner(images))
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda logits: {"logits": logits, "features": logits * 2}, "Wrap it"),
+        (lambda logits: {"logits": logits}, "in a dict. Wrap it"),
+        (lambda logits: (logits, logits * 2), "Wrap it"),
+        (lambda logits: (logits,), "in a tuple. Wrap it"),
+        (lambda logits: logits.argmax(dim=1), "one row of class scores an image"),
+        (lambda logits: logits[:, :, None, None], "one row of class scores an image"),
+        (lambda logits: logits[:, :1], "regression"),
+        (lambda logits: logits / 0, "NaN or infinity"),
+    ],
+    ids=["dict", "dict of one", "tuple", "tuple of one", "labels", "map", "one number", "infinity"],
+)
+def test_answer_that_is_no_row_of_scores_is_refused(load: Load, answer: Callable[[torch.Tensor], object], words: str) -> None:
+    with pytest.raises(SubjectError, match=words):
+        load(Answering(answer))
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, images: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+            return (images + more).mean(dim=(2, 3))
+
+    example = torch.rand(4, 3, SIZE, SIZE)
+    torch.export.save(torch.export.export(Two(), (example, example)), tmp_path / "model.pt2")
+    with pytest.raises(SubjectError, match="2 inputs"):
+        load_network(tmp_path / "model.pt2", inspect(tmp_path))
+
+
+def test_damaged_program_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"PK\x03\x04 and nothing more")
+    with pytest.raises(IntakeError, match="model.pt2") as caught:
+        load_network(tmp_path / "model.pt2", Intake("pt2", "model.pt2", None))
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------- state_dicts
+
+
+@pytest.fixture
+def resnet(tmp_path: Path) -> tuple[nn.Module, Path]:
+    torch.manual_seed(0)
+    module = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    return module, tmp_path
+
+
+def load_weights(folder: Path, **policy: object) -> Network:
+    model = ModelPolicy(**policy)  # type: ignore[arg-type]
+    classes = len(model.classes) if model.classes else None
+    shape = open_shape(model)
+    intake = inspect(folder)
+    return load_network(
+        folder / intake.data_path, intake, architecture=model.architecture, class_count=classes, input_shape=shape
+    )
+
+
+IMAGE = {"height": 32, "width": 32, "channels": 3}
+
+
+def test_state_dict_with_its_architecture_loads(resnet: tuple[nn.Module, Path]) -> None:
+    module, folder = resnet
+    network = load_weights(folder, architecture="resnet18", **IMAGE)
+    assert network.class_count == 7
+    assert_same_answers(subject_of(network), module, pictures(3, (3, 32, 32)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (IMAGE, "architecture"),
+        ({"architecture": "resnet81", **IMAGE}, "Did you mean 'resnet18'"),
+        ({"architecture": "vgg11", **IMAGE}, "does not fit torchvision's vgg11"),
+        ({"architecture": "resnet18", "classes": ("cat", "dog"), **IMAGE}, "with 2 classes"),
+        ({"architecture": "resnet18"}, "height, width and channels"),
+    ],
+)
+def test_state_dict_that_lacks_something_says_what(resnet: tuple[nn.Module, Path], policy: dict[str, object], words: str) -> None:
+    with pytest.raises(AuditError, match=words) as caught:
+        load_weights(resnet[1], **policy)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ ONNX
+
+
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_onnx_model_has_the_taps_and_answers_of_the_torch_one(tmp_path: Path, batch: int | None) -> None:
+    program = torch.export.export(
+        Tiny().eval(), (torch.rand(batch or 4, 3, SIZE, SIZE),), dynamic_shapes=None if batch else ({0: torch.export.Dim("n")},)
+    )
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert exported is not None
+    exported.save(tmp_path / "model.onnx")
+    network = load_network(tmp_path / "model.onnx", inspect(tmp_path))
+    assert isinstance(network.program, onnx.ModelProto)
+    assert network.batch_size == batch
+    subject = subject_of(network)
+    assert len(subject.summary.taps) == 2
+    assert_same_answers(subject, Tiny(), pictures(6))
