@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from audit_plugin.checks import FittedScorer, InputScorer, LayerwiseScorer, Probe, SourceSpecificInversion, TriggerInversion
-from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, stamp_others
+from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages, load_images
 from audit_plugin.data.expectations import check_clean_set
 from audit_plugin.data.splits import split
@@ -25,7 +25,7 @@ from audit_plugin.model.input_spec import open_shape, resolve_class_names, resol
 from audit_plugin.model.load import load_network
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject, check_parity, prepare_subject
 from audit_plugin.model.unpickle import convert_pickle
-from audit_plugin.policy import Policy
+from audit_plugin.policy import Policy, VerdictPolicy
 from audit_plugin.types import (
     AuditReport,
     CleanSetSummary,
@@ -35,7 +35,6 @@ from audit_plugin.types import (
     Inapplicable,
     InputScores,
     Intake,
-    LabelArray,
     Measured,
     ModelRef,
     Outcome,
@@ -157,14 +156,14 @@ def audit(
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
             outcomes.append(run_check(probe.name, lambda: _search(probe, subject, splits, rng, policy)))
-        found = _most_suspicious(outcomes)
-        if found is not None and found.outlier >= policy.verdict.minimum_outlier:
+        of_class = _most_suspicious(outcomes, policy.verdict)
+        if of_class is not None and of_class.outlier >= policy.verdict.minimum_outlier:
             outcomes.append(Inapplicable(pair_probe.name, "Not run: a trigger that works from all classes was found."))
         else:
             with clock.stage("Searching for triggers between pairs of classes"):
                 outcomes.append(run_check(pair_probe.name, lambda: _search_pairs(pair_probe, subject, splits, rng, policy)))
-        predictions = subject.predict(splits.test.images)
-        stamped, examples = _stamp(found, subject, splits, predictions)
+        found = _most_suspicious(outcomes, policy.verdict)
+        stamped, examples = _stamp(found, subject, splits)
         fitted: dict[str, FittedScorer] = {}
         for scorer in scorers:
             with clock.stage(f"Scoring inputs: {scorer.name}"):
@@ -294,30 +293,34 @@ def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
     return None
 
 
-def _most_suspicious(outcomes: list[Outcome]) -> TriggerEvidence | None:
-    for outcome in outcomes:
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
-            search = outcome.measurement
-            if search.candidates and not search.is_source_specific:
-                return search.most_suspicious
-    return None
+def _most_suspicious(outcomes: list[Outcome], policy: VerdictPolicy) -> TriggerEvidence | None:
+    """The trigger to look at more closely: a class's, unless only a pair of classes stands out."""
+    searches = [
+        outcome.measurement
+        for outcome in outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates
+    ]
+    of_class = next((search.most_suspicious for search in searches if not search.is_source_specific), None)
+    of_pair = next((search.most_suspicious for search in searches if search.is_source_specific), None)
+    if of_class and of_pair and of_class.outlier < policy.clear_outlier and of_pair.outlier >= policy.doubtful_pair_outlier:
+        return of_pair
+    return of_class
 
 
-def _stamp(
-    found: TriggerEvidence | None, subject: Subject, splits: Splits, predictions: LabelArray
-) -> tuple[ImageArray, ExampleImages | None]:
+def _stamp(found: TriggerEvidence | None, subject: Subject, splits: Splits) -> tuple[ImageArray, ExampleImages | None]:
     """Held-out images that the most suspicious trigger sends to its class, and a few of them for the report."""
     test = splits.test
     if found is None:
         return test.images[:0], None
     trigger = found.trigger
-    others = (test.labels != trigger.target_class) & (predictions != trigger.target_class)
-    stamped = stamp_others(trigger, test.images, test.labels, predictions)
+    predictions = subject.predict(test.images)
+    moved = victims(trigger, test.labels, predictions)
+    stamped = trigger.stamp(test.images[moved])
     answers = subject.predict(stamped)
     examples = ExampleImages(
-        clean=test.images[others][:_EXAMPLES],
+        clean=test.images[moved][:_EXAMPLES],
         stamped=stamped[:_EXAMPLES],
-        clean_predictions=tuple(predictions[others][:_EXAMPLES].tolist()),
+        clean_predictions=tuple(predictions[moved][:_EXAMPLES].tolist()),
         stamped_predictions=tuple(answers[:_EXAMPLES].tolist()),
     )
     return stamped[answers == trigger.target_class], examples

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
 EXIT_ERROR = 2
 EXIT_USAGE = 4
+_TYPER_INTERRUPTED = 130  # what newer typers make of Ctrl-C; no command of ours returns it
 
 FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
@@ -55,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+_click_errors = sys.modules[typer.BadParameter.__module__]  # click's own, or those of the copy that newer typers carry
 _log = logging.getLogger("audit_plugin.cli")  # also when run as __main__
 _stdout = Console(highlight=False, soft_wrap=True)
 _stderr = Console(stderr=True, highlight=False)
@@ -187,15 +188,20 @@ def audit_and_publish(
     from audit_plugin.policy import load_policy
 
     policy = load_policy(policy_file)
+    if output is not None:
+        _check_output(output)
     with _progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Starting")
         from audit_plugin.audit import audit
-        from audit_plugin.registry import fetch_images, log_report, pin
+        from audit_plugin.registry import check_server, fetch_images, log_report, pin
         from audit_plugin.report.write import write_report
 
         progress.stage("Fetching the model")
         work = Path(temporary)
         pinned = pin(model, work)
+        publish = log is LogChoice.ALWAYS or (log is LogChoice.AUTO and pinned.came_from_mlflow)
+        if publish:
+            check_server()  # before minutes of work whose result it could not take
         report = audit(
             pinned.reference,
             pinned.folder,
@@ -212,10 +218,17 @@ def audit_and_publish(
         if output is not None:
             write_report(report, output, formats)
         logged = None
-        if log is LogChoice.ALWAYS or (log is LogChoice.AUTO and pinned.came_from_mlflow):
+        if publish:
             write_report(report, work / "report", FORMATS)
             logged = log_report(report, work / "report")
     return report, logged
+
+
+def _check_output(output: Path) -> None:
+    """Nobody waits for an audit to learn that its report has no place."""
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"The report cannot be written to '{output}': '{place}' is no folder that you may write to.")
 
 
 def main() -> None:
@@ -228,11 +241,11 @@ def main() -> None:
 def _main(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), prog_name="backdoor-audit", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return EXIT_USAGE
-    except click.ClickException as error:
-        _complain(error.format_message())
+    except _click_errors.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            _complain(error.format_message())
         return EXIT_USAGE
     except UsageError as error:
         _complain(str(error))
@@ -240,9 +253,8 @@ def _main(arguments: Sequence[str]) -> int:
     except AuditError as error:
         _complain(str(error))
         return EXIT_ERROR
-    except (KeyboardInterrupt, click.Abort):
-        _complain("Interrupted; nothing was written or logged.")
-        return EXIT_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        code = _TYPER_INTERRUPTED
     except OSError as error:
         _complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         return EXIT_ERROR
@@ -251,6 +263,9 @@ def _main(arguments: Sequence[str]) -> int:
         _complain(
             f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}. Run again with --verbose for details."
         )
+        return EXIT_ERROR
+    if code == _TYPER_INTERRUPTED:
+        _complain("Interrupted; nothing was written or logged.")
         return EXIT_ERROR
     return code if isinstance(code, int) else 0
 

@@ -6,7 +6,7 @@ known one.
     std = [0.247, 0.2435, 0.2616]
 
     [verdict]
-    minimum_outlier = 3.0
+    minimum_outlier = 4.0
 
 Every key has a default, so an empty file (or none) is a complete policy.
 """
@@ -99,8 +99,8 @@ class SourceSpecificPolicy:
 class VerdictPolicy:
     """When a class, or a pair of classes, stands out; see :mod:`audit_plugin.verdict`."""
 
-    minimum_outlier: float = 3.0
-    clear_outlier: float = 2.5
+    minimum_outlier: float = 3.5
+    clear_outlier: float = 3.0
     doubtful_pair_outlier: float = 5.0
     minimum_attack_success: float = 0.8
     minimum_detection: float = 0.5

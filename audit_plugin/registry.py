@@ -84,6 +84,8 @@ def fetch_images(source: str, destination: Path) -> Path:
     if not re.match(r"^(runs|models|mlflow-artifacts|s3|gs|dbfs|https?|abfss?|wasbs?)(:/)", source):
         return Path(source)
     with _teaching(source):
+        if not re.match(r"^(s3|gs|dbfs|https?|abfss?|wasbs?):/", source):
+            check_server()
         destination.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(destination)))
 
@@ -98,6 +100,7 @@ def log_report(report: AuditReport, files: Path) -> LoggedReport:
         RegistryError: the tracking server does not answer or refuses.
     """
     with _teaching(report.model.uri):
+        check_server()
         client = MlflowClient()
         experiment = client.get_experiment_by_name(EXPERIMENT)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
@@ -157,7 +160,7 @@ def _pin_local(path: Path, uri: str, folder: Path) -> PinnedModel:
 def _pin_remote(uri: str, folder: Path) -> PinnedModel:
     if re.match(r"models:/(?!m-)", uri):
         _name_and_version(uri)  # a malformed URI is said to be one, before anybody is asked
-    _check_server()
+    check_server()
     client = MlflowClient()
     name = version = model_id = run_id = None
     tags: dict[str, str] = {}
@@ -237,8 +240,12 @@ def _known_models(client: MlflowClient, name: str) -> str:
     return nearest(name, (model.name for model in client.search_registered_models(max_results=1000)))
 
 
-def _check_server() -> None:
-    """Ask a remote tracking server once, instead of MLflow's minutes of retries."""
+def check_server() -> None:
+    """Ask a remote tracking server once, instead of MLflow's minutes of retries.
+
+    Raises:
+        RegistryError: it does not answer within seconds.
+    """
     for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
             # MLflow would create an empty one in the current folder.
@@ -337,7 +344,7 @@ def describe_tracking() -> str:
     Raises:
         RegistryError: it does not answer.
     """
-    _check_server()
+    check_server()
     uri: str = mlflow.get_tracking_uri()
     with _teaching(uri):
         MlflowClient().search_experiments(max_results=1)

@@ -11,8 +11,8 @@ The rule of this release, in words:
 * **inconclusive**: everything else, with the reason.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
-``minimum_classes`` classes there is nothing to compare with. Natural spread between clean classes reached 2.3 where this
-was developed, backdoored classes 3.3 and more.
+``minimum_classes`` classes there is nothing to compare with. On the ten public checkpoints
+that this was developed on, clean models reached 2.7 and all-to-one backdoors began at 4.9.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class _Candidate:
 
 
 def _measure(trigger: Trigger, subject: Subject, splits: Splits, predictions: LabelArray) -> _Candidate:
-    stamped = stamp_others(trigger, splits.test.images, splits.test.labels, predictions)
+    stamped = trigger.stamp(splits.test.images[victims(trigger, splits.test.labels, predictions)])
     return _Candidate(trigger, rate_of(subject.predict(stamped) == trigger.target_class))
 
 
@@ -168,12 +168,10 @@ def measure_scorer(
     return InputScores(clean, attacked, stamped_class, thresholds, profile, facts), fitted
 
 
-def stamp_others(trigger: Trigger, images: ImageArray, labels: LabelArray, predictions: LabelArray) -> ImageArray:
-    """The stamped images of other classes than the target (by label and by prediction)."""
-    others = (labels != trigger.target_class) & (predictions != trigger.target_class)
-    if trigger.source_class is not None:
-        others &= labels == trigger.source_class
-    return trigger.stamp(images[others])
+def victims(trigger: Trigger, labels: LabelArray, predictions: LabelArray) -> NDArray[np.bool_]:
+    """Which images (N,) a trigger should move: of its source class, if it has one, and of another than its target class."""
+    others: NDArray[np.bool_] = (labels != trigger.target_class) & (predictions != trigger.target_class)
+    return others if trigger.source_class is None else others & (labels == trigger.source_class)
 
 
 def _profile(

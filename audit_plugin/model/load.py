@@ -229,8 +229,8 @@ def _runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
             answer = program(torch.from_numpy(batch))
         if not isinstance(answer, torch.Tensor):
             raise SubjectError(
-                f"Expected a model whose forward(images) returns the logits alone, this one returns them in a {type(answer).__name__}. "
-                "Wrap it, and log it again."
+                "Expected a model whose forward(images) returns the logits alone, this one returns them in a "
+                f"{type(answer).__name__}. Wrap it, and log it again."
             )
         scores: FloatArray = answer.numpy()
         return scores

@@ -231,6 +231,7 @@ def _search(report: AuditReport, check: str, search: TriggerSearch, place: int) 
         "title": wording.check_title(check),
         "explanation": wording.check_explanation(check),
         "families": [_family(report, family, candidates, f"sizes-{place}-{family}") for family, candidates in families(search)],
+        "source_specific": search.is_source_specific,
         "steps": search.steps,
         "searches": search.searches,
         "skipped": [wording.class_label(report, index) for index in search.classes_skipped[:40]],

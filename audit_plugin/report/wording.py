@@ -14,7 +14,7 @@ NOT_AVAILABLE = "n/a"
 CLASS_NAME_LIMIT = 40
 
 _CHECK_TITLES = {
-    "trigger_inversion": "Trigger search",
+    "trigger_inversion": "Trigger search, class by class",
     "source_specific": "Trigger search, pair by pair",
     "layerwise": "Layer-wise features",
     "bad_expert": "Backdoor expert",
@@ -23,7 +23,10 @@ _CHECK_TITLES = {
 }
 
 _CHECK_EXPLANATIONS = {
-    "trigger_inversion": "For every class, the smallest change of pixels that sends images of other classes to it.",
+    "trigger_inversion": (
+        "For every class, the smallest change of pixels that sends images of other classes to it. A backdoor shows as one class "
+        "whose trigger is far smaller than those of the others and works almost always."
+    ),
     "source_specific": (
         "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "
         "the two classes need elsewhere. The ten pairs that stand out most are shown."

@@ -113,7 +113,7 @@ def test_advice_does_not_decide():
         ((search(5), layerwise(detected=60, false_positives=55)), "not-confirmed"),  # intervals overlap: no evidence
         ((search(5), Failed("layerwise", "boom")), "not-confirmed"),
         ((search(5, success=70), layerwise()), "trigger-does-not-hold"),
-        ((search(40 / np.exp(2.7 * 0.2)), layerwise()), "borderline"),
+        ((search(40 / np.exp(3.2 * 0.2)), layerwise()), "borderline"),
     ],
 )
 def test_a_suspicion_without_proof_is_inconclusive_and_kept(outcomes, code):
