@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,11 @@ def _register(model: nn.Module, name: str, data: TrainAndTest) -> str:
         mlflow.log_metric("clean_accuracy", float((predicted == data.test.labels).mean()))
         mlflow.log_metric("attack_success_rate", float((attacked == ATTACK.target_class).mean()))
         logged = mlflow.pytorch.log_model(
-            model, name="model", input_example=example, signature=signature, registered_model_name=name
+            model,
+            name="model",
+            input_example=example,
+            signature=signature,
+            registered_model_name=name,
+            pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],  # finding them out takes MLflow seconds
         )
     return f"models:/{name}/{logged.registered_model_version}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
+
 from pipelines.demo import Demo
 
 if TYPE_CHECKING:

@@ -83,8 +83,8 @@ def test_recovered_trigger_lies_where_it_was_planted(
 
 
 def test_recovered_trigger_fires_on_held_out_images(document: dict) -> None:
-    searches = [outcome["measurement"] for outcome in document["outcomes"] if outcome["measurement"]["kind"] == "trigger_search"]
-    found = max(searches[0]["candidates"], key=lambda candidate: candidate["outlier"])
+    (search,) = [outcome for outcome in document["outcomes"] if outcome["check"] == "trigger_inversion"]
+    found = max(search["measurement"]["candidates"], key=lambda candidate: candidate["outlier"])
     assert found["target_class"]["index"] == ATTACK.target_class
     assert found["success"]["value"] >= 0.8
     assert found["size"] < 10
@@ -142,6 +142,15 @@ def test_version_carries_tags_and_a_note_with_a_link(
 # ------------------------------------------------------------------------------------------------ the clean model
 
 
+SMALL_BUDGET = """
+[trigger_inversion]
+steps = 100
+
+[source_specific]
+steps = 60
+"""
+
+
 class Audited(NamedTuple):
     """An audit that ran in this process."""
 
@@ -152,8 +161,15 @@ class Audited(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def clean_audit(server: str, demo: Demo, keeping_state: Callable[[], AbstractContextManager[None]]) -> Audited:
+def clean_audit(
+    server: str,
+    demo: Demo,
+    keeping_state: Callable[[], AbstractContextManager[None]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Audited:
     """The audit of ``models:/digits-clean@candidate``, whose version has a description of its user's."""
+    policy = tmp_path_factory.mktemp("policy") / "audit.toml"
+    policy.write_text(SMALL_BUDGET, encoding="utf-8")
     results: list[tuple[AuditReport, LoggedReport]] = []
     original = command_line.audit_and_publish
 
@@ -166,7 +182,8 @@ def clean_audit(server: str, demo: Demo, keeping_state: Callable[[], AbstractCon
         MlflowClient().set_registered_model_alias("digits-clean", "candidate", "1")
         MlflowClient().update_model_version("digits-clean", "1", OWN_WORDS)
         patch.setattr(command_line, "audit_and_publish", recorded)
-        code = command_line._main(["run", "models:/digits-clean@candidate", "--clean", str(demo.clean_images)])
+        arguments = ["run", "models:/digits-clean@candidate", "--clean", str(demo.clean_images), "--policy", str(policy)]
+        code = command_line._main(arguments)
     return Audited(code, stdout.getvalue(), *results[0])
 
 
@@ -271,8 +288,7 @@ def test_hostile_class_name_stays_text_in_the_note(clean_audit: Audited, client:
     assert not re.search(r"(?<!\\)\]\((?!http://127\.0\.0\.1)", note)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not any(raw in page for raw in ("<script>alert", "<!-- /backdoor-audit", "\x1b", "\u202e"))
-    _log_again(clean_audit.report, tmp_path)
-    assert _blocks(client.get_model_version("digits-clean", "1").description) == 1
+    assert _blocks(description) == 1
 
 
 def test_suspected_class_of_an_earlier_audit_is_taken_back(clean_audit: Audited, client: MlflowClient, tmp_path: Path) -> None:

@@ -236,6 +236,13 @@ def test_unreachable_tracking_server_is_said_within_seconds(refused: Refused, un
     assert "MLFLOW_TRACKING_URI" in line
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a server is waited for was measured above."""
+    monkeypatch.setattr("audit_plugin.registry._SERVER_TIMEOUT_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_local_model_is_not_audited_for_a_server_that_cannot_take_the_report(
     refused: Refused, unreachable: str, tmp_path: Path
 ) -> None:
@@ -246,6 +253,7 @@ def test_local_model_is_not_audited_for_a_server_that_cannot_take_the_report(
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.usefixtures("impatient")
 def test_images_on_an_unreachable_server_are_said_within_seconds(tracking: str, unreachable: str, tmp_path: Path) -> None:
     mlflow.set_tracking_uri(unreachable)
     started = time.monotonic()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from mlflow.models import infer_signature
 from mlflow.tracking import MlflowClient
-from pipelines.demo import ATTACK, Demo
 
 from audit_plugin.report import load
+from pipelines.demo import ATTACK, Demo
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 NAME = "digits-onnx"

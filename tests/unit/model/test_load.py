@@ -302,7 +302,7 @@ def test_two_inputs_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_program_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(b"PK\x03\x04 and nothing more")
-    with pytest.raises(IntakeError, match="model.pt2") as caught:
+    with pytest.raises(IntakeError, match=r"model\.pt2") as caught:
         load_network(tmp_path / "model.pt2", Intake("pt2", "model.pt2", None))
     assert "\n" not in str(caught.value)
 
