@@ -20,9 +20,11 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from audit_plugin import cli as command_line
+from audit_plugin.intake import inspect
 from audit_plugin.registry import EXPERIMENT, LoggedReport, PinnedModel, fetch_images, log_report, pin
 from audit_plugin.report import load, validate, write_report
 from audit_plugin.types import AuditReport, Decision, Reason, Verdict
+from audit_plugin.zoo.architectures import SmallCnn
 from pipelines.demo import ATTACK, Demo
 
 OWN_WORDS = "Trained by **hand** on digits.\n\n<!-- a note of ours -->"
@@ -380,3 +382,14 @@ def test_clean_images_come_from_an_artifact_address(demo: Demo, client: MlflowCl
     client.set_terminated(run)
     fetched = fetch_images(f"runs:/{run}/clean.npz", tmp_path / "images")
     assert fetched.read_bytes() == demo.clean_images.read_bytes()
+
+
+def test_logged_state_dict_is_found_among_the_runs_artifacts(client: MlflowClient, tmp_path: Path) -> None:
+    run = client.create_run(client.create_experiment("weights")).info.run_id
+    with mlflow.start_run(run_id=run):
+        mlflow.pytorch.log_state_dict(SmallCnn(channels=1, classes=10, width=4).state_dict(), artifact_path="weights")
+    pinned = pin(f"runs:/{run}/weights", tmp_path)
+    assert [entry.path for entry in pinned.reference.manifest] == ["state_dict.pth"]
+    assert pinned.reference.run_id == run
+    assert pinned.reference.model_id is None
+    assert inspect(pinned.folder).flavour == "state_dict"
