@@ -90,8 +90,8 @@ class TriggerInversionPolicy:
 class SourceSpecificPolicy:
     """Budget of the search over pairs of classes; with more than ``maximum_classes`` classes it is left out."""
 
-    steps: int = 200
-    images_per_step: int = 8
+    steps: int = 150
+    images_per_step: int = 6
     maximum_classes: int = 12
 
 

@@ -37,8 +37,8 @@ class SourceSpecificInversion(Probe):
     """
 
     name: ClassVar[str] = "source_specific"
-    steps: int = 200
-    images_per_step: int = 8
+    steps: int = 150
+    images_per_step: int = 6
     images_per_batch: int = 720
     flip_rate: float = 0.97
     maximum_classes: int = 12
