@@ -7,12 +7,12 @@ The rule of this release, in words:
   images, and an independent check sees it too: the layer-wise score flags at least ``minimum_detection`` of the stamped images,
   and clearly more of them than of the clean ones (their exact intervals are disjoint).
 * **pass**: every required check measured, none failed, the clean set satisfied its expectations, all classes were searched,
-  no class comes nearer than ``clear_outlier``.
+  no class comes nearer than ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``.
 * **inconclusive**: everything else, with the reason.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
 ``minimum_classes`` classes there is nothing to compare with. On the ten public checkpoints
-that this was developed on, clean models reached 2.7 and all-to-one backdoors began at 4.9.
+that this was developed on, clean models reached 2.7 and all-to-one backdoors began at 4.1.
 """
 
 from __future__ import annotations
