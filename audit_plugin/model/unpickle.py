@@ -82,7 +82,7 @@ def export_pickle(model_path: Path, exported_path: Path, input_shape: Sequence[i
                 module, (torch.rand(_EXAMPLE_BATCH, *image),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
             )
         except Exception as error:  # torch raises many types here, and a fixed batch may still work
-            print(f"No dynamic batch: {error}", file=sys.stderr)  # noqa: T201
+            _log.warning("No dynamic batch: %s", error)
     if program is None:
         program = torch.export.export(module, (torch.rand(max(batch, 1), *image),))
     torch.export.save(program, exported_path)
