@@ -91,6 +91,17 @@ def decide(
             ),
         )
 
+    reached = {candidate.trigger.target_class for candidate in search.candidates if math.isfinite(candidate.outlier)}
+    if 2 * len(reached) < len(class_names):
+        doubts = (
+            *doubts,
+            Reason(
+                "search-did-not-converge",
+                f"The search found a working trigger for only {len(reached)} of {len(class_names)} classes, so there is too little "
+                "to compare with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
+            ),
+        )
+
     found = search.most_suspicious
     name = class_names[found.trigger.target_class]
     size = Reason("trigger-size", _describe(found, name))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -156,3 +158,18 @@ def test_a_broken_search_over_pairs_does_not_pass_but_one_left_out_does():
     left_out = verdict(search(39), layerwise(), Inapplicable("source_specific", "43 classes"))
     assert left_out.verdict is Verdict.PASS
     assert UNSEARCHED_PAIRS in left_out.blind_spots
+
+
+def test_a_search_that_found_nothing_is_no_pass():
+    measured = search(39)
+    lost = [
+        dataclasses.replace(candidate, outlier=-np.inf) if candidate.trigger.target_class > 3 else candidate
+        for candidate in measured.measurement.candidates
+    ]
+    decision = verdict(dataclasses.replace(measured, measurement=TriggerSearch(tuple(lost), 200)), layerwise())
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert "search-did-not-converge" in codes(decision)
+    nothing = [dataclasses.replace(candidate, outlier=-np.inf) for candidate in lost]
+    decision = verdict(dataclasses.replace(measured, measurement=TriggerSearch(tuple(nothing), 200)), layerwise())
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert "only 0 of 10 classes" in " ".join(reason.message for reason in decision.reasons)
