@@ -97,8 +97,8 @@ def decide(
             *doubts,
             Reason(
                 "search-did-not-converge",
-                f"The search found a working trigger for only {len(reached)} of {len(class_names)} classes, so there is too little "
-                "to compare with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
+                f"The search found a working trigger for only {len(reached)} of {len(class_names)} classes, too few to compare "
+                "with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
             ),
         )
 
