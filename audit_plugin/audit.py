@@ -19,6 +19,7 @@ from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_c
 from audit_plugin.data.clean_set import LoadedImages, load_images
 from audit_plugin.data.expectations import check_clean_set
 from audit_plugin.data.splits import split
+from audit_plugin.errors import CleanSetError
 from audit_plugin.intake import inspect
 from audit_plugin.maths.rates import rate_of
 from audit_plugin.model.input_spec import open_shape, resolve_class_names, resolve_input_spec
@@ -134,6 +135,8 @@ def audit(
         loaded = load_images(clean, input_spec=spec, class_names=class_names)
         fractions = (policy.clean_set.fit_fraction, policy.clean_set.calibrate_fraction)
         splits = split(loaded.data, seed=seed, fractions=(*fractions, 1.0 - sum(fractions)), minimum_per_class=1)
+        if not all(len(part) for part in (splits.fit, splits.calibrate, splits.test)):
+            raise CleanSetError(f"{len(loaded.data)} clean images are too few for three splits; give at least 3 of some class.")
         suspect_images = (
             load_images(suspects, input_spec=spec, class_names=class_names, labels_required=False) if suspects else None
         )

@@ -271,7 +271,9 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _complain(message: str) -> None:
-    _stderr.print(f"error: {message}", markup=False, style="bold red", soft_wrap=True)
+    from audit_plugin.report.sanitise import clean_text
+
+    _stderr.print(f"error: {clean_text(message, 2000)}", markup=False, style="bold red", soft_wrap=True)
 
 
 def _parse_formats(formats: str, output: Path | None) -> tuple[ReportFormat, ...]:

@@ -64,7 +64,7 @@ def decide(
     not_measured = tuple(check for check in required if check not in measured)
     searches = [measurement for measurement in _measurements(outcomes) if isinstance(measurement, TriggerSearch)]
     search = next((found for found in searches if found.candidates and not found.is_source_specific), None)
-    pairs = next((found for found in searches if found.is_source_specific), None)
+    pairs = next((found for found in searches if found.is_source_specific and _fewest_compared(found)), None)
     blind_spots = BLIND_SPOTS if pairs else (UNSEARCHED_PAIRS, *BLIND_SPOTS)
 
     def conclude(verdict: Verdict, reasons: Sequence[Reason], suspected: int | None = None) -> Decision:
@@ -91,13 +91,13 @@ def decide(
             ),
         )
 
-    reached = {candidate.trigger.target_class for candidate in search.candidates if math.isfinite(candidate.outlier)}
-    if 2 * len(reached) < len(class_names):
+    compared = _fewest_compared(search)
+    if compared < max(3, len(class_names) / 2):
         doubts = (
             *doubts,
             Reason(
                 "search-did-not-converge",
-                f"The search found a working trigger for only {len(reached)} of {len(class_names)} classes, too few to compare "
+                f"The search found a working trigger for only {compared} of {len(class_names)} classes, too few to compare "
                 "with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
             ),
         )
@@ -109,7 +109,7 @@ def decide(
         if doubts:
             return conclude(Verdict.INCONCLUSIVE, (*doubts, size))
         pair = pairs.most_suspicious if pairs else None
-        if pair and pair.outlier >= policy.doubtful_pair_outlier and pair.success.value >= policy.minimum_attack_success:
+        if pair and pair.outlier >= policy.doubtful_pair_outlier:
             stands_out = Reason("pair-stands-out", _describe_pair(pair, class_names))
             return conclude(Verdict.INCONCLUSIVE, (stands_out, size), pair.trigger.target_class)
         clear = Reason("no-class-stands-out", "No class needs a conspicuously smaller trigger than the others.")
@@ -123,6 +123,15 @@ def decide(
     stands_out = Reason("class-stands-out", f"Class '{name}' behaves like the target of a backdoor.")
     confirmed = Reason("confirmed", f"Independent checks flag images that carry the recovered trigger: {_detections(outcomes)}.")
     return conclude(Verdict.FAIL, (stands_out, size, confirmed, *doubts), suspected)
+
+
+def _fewest_compared(search: TriggerSearch) -> int:
+    """How many candidates of a family could be compared with each other, in the family with the fewest."""
+    families = {candidate.trigger.family for candidate in search.candidates}
+    return min(
+        sum(candidate.trigger.family == family and math.isfinite(candidate.outlier) for candidate in search.candidates)
+        for family in families
+    )
 
 
 def _doubts(outcomes: Sequence[Outcome], not_measured: Sequence[str], expectations: Sequence[Expectation]) -> tuple[Reason, ...]:

@@ -109,12 +109,18 @@ def _compare(runs: Sequence[Sequence[_Candidate]]) -> list[TriggerEvidence]:
         members = [place for place in places if place[0].trigger.family == family]
         outliers = _outliers(
             [place[0].trigger for place in members],
-            np.exp([np.mean([found.log_size for found in place]) for place in members]),
+            np.exp([_mean_log_size(place) for place in members]),
         )
         for place, outlier in zip(members, outliers, strict=True):
             smallest = min(place, key=lambda found: found.log_size)
             evidence.append(TriggerEvidence(smallest.trigger, smallest.success, float(outlier)))
     return evidence
+
+
+def _mean_log_size(place: Sequence[_Candidate]) -> float:
+    """Over the searches whose trigger held: one that failed must not erase what another found."""
+    held = [found.log_size for found in place if math.isfinite(found.log_size)]
+    return float(np.mean(held)) if held else math.inf
 
 
 def _outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -142,9 +142,16 @@ def test_a_pair_that_stands_out_keeps_a_model_from_passing_but_never_fails_it():
     assert "'e' become 'h' by changing 5.0 pixels" in decision.reasons[0].message
 
 
-@pytest.mark.parametrize("unremarkable", [pair(4.0), pair(9.0, success=20)])
-def test_ordinary_pairs_pass_and_close_the_blind_spot(unremarkable):
-    decision = verdict(search(39), layerwise(), unremarkable)
+def test_a_pair_that_works_less_often_still_keeps_a_model_from_passing():
+    assert verdict(search(39), layerwise(), pair(9.0, success=20)).verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_search_over_pairs_that_compared_nothing_leaves_the_blind_spot():
+    assert UNSEARCHED_PAIRS in verdict(search(39), layerwise(), pair(-np.inf)).blind_spots
+
+
+def test_ordinary_pairs_pass_and_close_the_blind_spot():
+    decision = verdict(search(39), layerwise(), pair(4.0))
     assert decision.verdict is Verdict.PASS
     assert decision.blind_spots == BLIND_SPOTS
 
