@@ -92,7 +92,7 @@ def run(
     formats: Annotated[
         str, typer.Option("--format", help="Any of text, json, html, separated by commas. Text, else JSON, goes to stdout.")
     ] = "text",
-    seed: Annotated[int, typer.Option(help="Of the splits and the search; the same seed gives the same audit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the splits and the search; the same seed gives the same audit.")] = 0,
     log: Annotated[
         LogChoice, typer.Option(help="Log the report to MLflow; 'auto' does so when the model came from there.")
     ] = LogChoice.AUTO,
