@@ -14,19 +14,26 @@ from typing import Protocol
 
 import numpy as np
 
-from audit_plugin.checks import FittedScorer, InputScorer, LayerwiseScorer, Probe, SourceSpecificInversion, TriggerInversion
+from audit_plugin.checks import (
+    ActivationNormScorer,
+    BadExpertScorer,
+    BenifulScorer,
+    FittedScorer,
+    InputScorer,
+    LayerwiseScorer,
+    Probe,
+    SourceSpecificInversion,
+    TriggerInversion,
+)
 from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, victims
-from audit_plugin.data.clean_set import LoadedImages, load_images
+from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
-from audit_plugin.data.splits import split
-from audit_plugin.errors import CleanSetError
-from audit_plugin.intake import inspect
+from audit_plugin.errors import InapplicableError, UsageError, nearest
 from audit_plugin.maths.rates import rate_of
-from audit_plugin.model.input_spec import open_shape, resolve_class_names, resolve_input_spec
-from audit_plugin.model.load import load_network
-from audit_plugin.model.subject import PARITY_TOLERANCE, Subject, check_parity, prepare_subject
-from audit_plugin.model.unpickle import convert_pickle
+from audit_plugin.model.grad_cam import grad_cam
+from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
 from audit_plugin.policy import Policy, VerdictPolicy
+from audit_plugin.preparation import prepare
 from audit_plugin.types import (
     AuditReport,
     CleanSetSummary,
@@ -35,7 +42,6 @@ from audit_plugin.types import (
     ImageArray,
     Inapplicable,
     InputScores,
-    Intake,
     Measured,
     ModelRef,
     Outcome,
@@ -50,7 +56,6 @@ from audit_plugin.verdict import decide
 
 log = logging.getLogger(__name__)
 
-_PARITY_IMAGES = 8
 _EXAMPLES = 6
 _PAIRS_KEPT = 10
 _STAMPED_IMAGES_PER_STEP, _FEWEST_IMAGES_PER_STEP = 480, 8  # with many classes each sees fewer images a step
@@ -114,39 +119,21 @@ def audit(
     clock = _Clock(progress or NoProgress())
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
-    with clock.stage("Checking the model's files"):
-        intake = inspect(folder, allow_pickle=allow_pickle)
-        file = folder / intake.data_path
-        if intake.flavour == "pickle":
-            file, intake = _without_pickle(folder, intake, policy)
-
-    with clock.stage("Loading the model"):
-        network = load_network(
-            file,
-            intake,
-            architecture=policy.model.architecture,
-            class_count=len(policy.model.classes) if policy.model.classes else None,
-            input_shape=open_shape(policy.model),
-        )
-        spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
-        class_names = resolve_class_names(network.class_count, policy.model, model.tags)
-
-    with clock.stage("Reading the clean images"):
-        loaded = load_images(clean, input_spec=spec, class_names=class_names)
-        fractions = (policy.clean_set.fit_fraction, policy.clean_set.calibrate_fraction)
-        splits = split(loaded.data, seed=seed, fractions=(*fractions, 1.0 - sum(fractions)), minimum_per_class=1)
-        if not all(len(part) for part in (splits.fit, splits.calibrate, splits.test)):
-            raise CleanSetError(f"{len(loaded.data)} clean images are too few for three splits; give at least 3 of some class.")
-        suspect_images = (
-            load_images(suspects, input_spec=spec, class_names=class_names, labels_required=False) if suspects else None
-        )
-
-    with clock.stage("Exporting to ONNX and comparing with torch"):
-        subject = prepare_subject(network, spec, flavour=intake.flavour, class_names=class_names, require_gpu=require_gpu)
-        parity = check_parity(subject, splits.test.images[:_PARITY_IMAGES])
+    prepared = prepare(
+        model,
+        folder,
+        clean,
+        policy,
+        seed=seed,
+        suspects=suspects,
+        allow_pickle=allow_pickle,
+        require_gpu=require_gpu,
+        stage=clock.stage,
+    )
+    subject, splits = prepared.subject, prepared.splits
 
     with clock.stage("Measuring the clean accuracy"):
-        clean_set = _measure_clean_set(subject, loaded, splits, str(clean), policy)
+        clean_set = _measure_clean_set(subject, prepared.clean, splits, str(clean), policy)
 
     probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
     required = [probe.name, *(scorer.name for scorer in scorers)]
@@ -165,21 +152,22 @@ def audit(
                 outcomes.append(run_check(pair_probe.name, lambda: _search_pairs(pair_probe, subject, splits, rng, policy)))
         found = _most_suspicious(outcomes, policy.verdict)
         stamped, examples = _stamp(found, subject, splits)
+        suspicious_inputs = prepared.suspects.data.images if prepared.suspects else None
         fitted: dict[str, FittedScorer] = {}
         for scorer in scorers:
             with clock.stage(f"Scoring inputs: {scorer.name}"):
-                outcomes.append(_run_scorer(scorer, subject, splits, rng, found, stamped, policy, fitted))
-        if suspect_images is not None:
+                outcomes.append(_run_scorer(scorer, subject, splits, rng, found, stamped, suspicious_inputs, policy, fitted))
+        if prepared.suspects is not None:
             with clock.stage("Scoring the suspect inputs"):
-                suspect_scores = _score_suspects(subject, suspect_images, outcomes, fitted)
+                suspect_scores = _score_suspects(subject, prepared.suspects, outcomes, fitted)
 
-    decision = decide(outcomes, clean_set.expectations, class_names, policy.verdict, required=required)
+    decision = decide(outcomes, clean_set.expectations, subject.summary.class_names, policy.verdict, required=required)
     return AuditReport(
         model=model,
-        intake=intake,
+        intake=prepared.intake,
         subject=subject.summary,
         clean_set=clean_set,
-        runtime=Runtime(subject.session.provider, _versions(), parity, PARITY_TOLERANCE),
+        runtime=Runtime(subject.session.provider, _versions(), prepared.parity, PARITY_TOLERANCE),
         outcomes=tuple(outcomes),
         decision=decision,
         policy=policy.document(),
@@ -212,7 +200,30 @@ def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]
         maximum_classes=pairs.maximum_classes,
         progress=advance,
     )
-    return probe, pair_probe, [LayerwiseScorer(tau=policy.layerwise.tau)]
+    return probe, pair_probe, scorers_of(policy)
+
+
+def scorers_of(policy: Policy) -> list[InputScorer]:
+    """The input scorers that a policy names, configured, in its order.
+
+    Raises:
+        UsageError: it names one that does not exist, or one twice.
+    """
+    expert, beniful = policy.bad_expert, policy.beniful
+    known: tuple[InputScorer, ...] = (
+        LayerwiseScorer(tau=policy.layerwise.tau),
+        BadExpertScorer(expert.expert_accuracy, expert.auxiliary_epochs, expert.auxiliary_tolerance, expert.k),
+        BenifulScorer(beniful.latent_size, beniful.steps),
+        ActivationNormScorer(),
+    )
+    by_name = {scorer.name: scorer for scorer in known}
+    names = policy.scoring.checks
+    for name in names:
+        if name not in by_name:
+            raise UsageError(f"[scoring] checks in the policy names '{name}', which is no check.{nearest(name, by_name)}")
+    if len(set(names)) < len(names):
+        raise UsageError("[scoring] checks in the policy names a check twice.")
+    return [by_name[name] for name in names]
 
 
 def _search(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
@@ -247,13 +258,6 @@ class _Clock:
 
     def advance(self, share: float) -> None:
         self._progress.advance(share)
-
-
-def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> tuple[Path, Intake]:
-    """Have a child process turn the pickle into an exported program, which passes the same static check."""
-    shape = intake.signature.input_shape if intake.signature else open_shape(policy.model)
-    file, finding = convert_pickle(folder, intake.data_path, shape, folder.parent / "unpickled")
-    return file, dataclasses.replace(intake, findings=(*intake.findings, finding))
 
 
 def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, source: str, policy: Policy) -> CleanSetSummary:
@@ -318,11 +322,19 @@ def _stamp(found: TriggerEvidence | None, subject: Subject, splits: Splits) -> t
     moved = victims(trigger, test.labels, predictions)
     stamped = trigger.stamp(test.images[moved])
     answers = subject.predict(stamped)
+    shown = slice(_EXAMPLES)
+    clean_shown, stamped_shown = test.images[moved][shown], stamped[shown]
+    clean_attention = stamped_attention = None
+    with contextlib.suppress(InapplicableError):  # a model without gradients has no attention maps
+        clean_attention = grad_cam(subject, clean_shown, predictions[moved][shown])
+        stamped_attention = grad_cam(subject, stamped_shown, answers[shown])
     examples = ExampleImages(
-        clean=test.images[moved][:_EXAMPLES],
-        stamped=stamped[:_EXAMPLES],
-        clean_predictions=tuple(predictions[moved][:_EXAMPLES].tolist()),
-        stamped_predictions=tuple(answers[:_EXAMPLES].tolist()),
+        clean=clean_shown,
+        stamped=stamped_shown,
+        clean_predictions=tuple(predictions[moved][shown].tolist()),
+        stamped_predictions=tuple(answers[shown].tolist()),
+        clean_attention=clean_attention,
+        stamped_attention=stamped_attention,
     )
     return stamped[answers == trigger.target_class], examples
 
@@ -334,6 +346,7 @@ def _run_scorer(
     rng: np.random.Generator,
     found: TriggerEvidence | None,
     stamped: ImageArray,
+    suspects: ImageArray | None,
     policy: Policy,
     fitted: dict[str, FittedScorer],
 ) -> Outcome:
@@ -345,7 +358,8 @@ def _run_scorer(
             rng,
             stamped=stamped,
             stamped_class=found.trigger.target_class if found else None,
-            false_positive_rate=policy.layerwise.false_positive_rate,
+            false_positive_rate=policy.scoring.false_positive_rate,
+            suspects=suspects,
         )
         return scores
 

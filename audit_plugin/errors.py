@@ -38,6 +38,10 @@ class CleanSetError(AuditError, ValueError):
     """The clean or suspect images cannot be used (missing folder, wrong size, labels outside the model's classes)."""
 
 
+class RepairError(AuditError):
+    """A model could not be repaired, or not within its accuracy budget; it is as it was."""
+
+
 class InapplicableError(AuditError):
     """A check cannot measure this model; the audit records the reason and goes on."""
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import tomllib
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +64,42 @@ class CleanSetPolicy:
 
 
 @dataclass(frozen=True)
+class ScoringPolicy:
+    """Which checks score inputs, and the false-positive rate of the calibrated threshold of each.
+
+    A check that is left out is not required for a ``pass``; the report lists what ran.
+    """
+
+    checks: tuple[str, ...] = ("layerwise", "bad_expert", "beniful", "activation_norm")
+    false_positive_rate: float = 0.05
+
+
+@dataclass(frozen=True)
 class LayerwisePolicy:
-    """``tau`` of Jebreel et al. 2023, and the false-positive rate of the calibrated quantile threshold beside it."""
+    """``tau`` of Jebreel et al. 2023: deviations below the clean mean at which an input is flagged."""
 
     tau: float = 2.5
-    false_positive_rate: float = 0.05
+
+
+@dataclass(frozen=True)
+class BadExpertPolicy:
+    """How far the copies of the model are fine-tuned; see :class:`audit_plugin.checks.bad_expert.BadExpertScorer`.
+
+    ``k`` is the paper's constant of the combined score; without it, it follows from the architecture.
+    """
+
+    expert_accuracy: float = 0.25
+    auxiliary_epochs: int = 5
+    auxiliary_tolerance: float = 0.03
+    k: float | None = None
+
+
+@dataclass(frozen=True)
+class BenifulPolicy:
+    """The auto-encoder of benign features; see :class:`audit_plugin.checks.beniful.BenifulScorer`."""
+
+    latent_size: int = 32
+    steps: int = 600
 
 
 @dataclass(frozen=True)
@@ -104,7 +137,19 @@ class VerdictPolicy:
     doubtful_pair_outlier: float = 5.0
     minimum_attack_success: float = 0.8
     minimum_detection: float = 0.5
+    minimum_confirmations: int = 2
     minimum_classes: int = 4
+
+
+@dataclass(frozen=True)
+class RepairPolicy:
+    """How a backdoored model is repaired; see :mod:`audit_plugin.repairing`.
+
+    ``method`` is 'beniful' or 'prune'; ``accuracy_budget`` is the most clean accuracy, in [0, 1), that a repair may cost.
+    """
+
+    method: str = "beniful"
+    accuracy_budget: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -113,10 +158,14 @@ class Policy:
 
     model: ModelPolicy = field(default_factory=ModelPolicy)
     clean_set: CleanSetPolicy = field(default_factory=CleanSetPolicy)
+    scoring: ScoringPolicy = field(default_factory=ScoringPolicy)
     layerwise: LayerwisePolicy = field(default_factory=LayerwisePolicy)
+    bad_expert: BadExpertPolicy = field(default_factory=BadExpertPolicy)
+    beniful: BenifulPolicy = field(default_factory=BenifulPolicy)
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
+    repair: RepairPolicy = field(default_factory=RepairPolicy)
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -176,14 +225,15 @@ def _section(section: str, kind: type[Any], entries: Mapping[str, Any]) -> Any:
 
 
 def _value(place: str, hint: Any, value: Any) -> Any:
-    accepted = [option for option in (get_args(hint) or (hint,)) if option is not type(None)]
-    if hint in (int, float, str):
-        accepted = [hint]
+    options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    accepted = [option for option in options if option is not type(None)]
     for option in accepted:
         inner = get_args(option)
         if inner and isinstance(value, list):
             return tuple(_value(place, inner[0], entry) for entry in value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) <= sys.float_info.max:  # an infinity, a NaN (unequal to all), or a whole number without end
+                raise UsageError(f"{place} in the policy must be a finite number, got {str(value)[:40]}.")
             return float(value)
         if option in (int, str) and isinstance(value, option) and not isinstance(value, bool):
             return value
@@ -202,7 +252,14 @@ def _check_ranges(policy: Policy) -> None:
         "[clean_set] accuracy_tolerance must lie in [0, 1]": 0 <= clean.accuracy_tolerance <= 1,
         "[clean_set] minimum_images_per_class must be at least 1": clean.minimum_images_per_class >= 1,
         "[layerwise] tau must be positive": layerwise.tau > 0,
-        "[layerwise] false_positive_rate must lie between 0 and 1": 0 < layerwise.false_positive_rate < 1,
+        "[scoring] false_positive_rate must lie between 0 and 1": 0 < policy.scoring.false_positive_rate < 1,
+        "[scoring] checks must name at least one check": len(policy.scoring.checks) > 0,
+        "[bad_expert] expert_accuracy must lie between 0 and 1": 0 < policy.bad_expert.expert_accuracy < 1,
+        "[bad_expert] auxiliary_epochs must be at least 5": policy.bad_expert.auxiliary_epochs >= 5,
+        "[bad_expert] auxiliary_tolerance must lie in [0, 1)": 0 <= policy.bad_expert.auxiliary_tolerance < 1,
+        "[bad_expert] k must lie between 0 and 1": policy.bad_expert.k is None or 0 < policy.bad_expert.k < 1,
+        "[beniful] latent_size must be at least 1": policy.beniful.latent_size >= 1,
+        "[beniful] steps must be at least 1": policy.beniful.steps >= 1,
         "[trigger_inversion] steps must be at least 1": search.steps >= 1,
         "[trigger_inversion] images_per_step must lie between 1 and 512": 1 <= search.images_per_step <= 512,
         "[trigger_inversion] flip_rate must lie between 0.5 and 1": 0.5 <= search.flip_rate < 1,
@@ -216,11 +273,14 @@ def _check_ranges(policy: Policy) -> None:
         "[verdict] clear_outlier must not exceed minimum_outlier": 0 < verdict.clear_outlier <= verdict.minimum_outlier,
         "[verdict] minimum_attack_success must lie in [0, 1]": 0 <= verdict.minimum_attack_success <= 1,
         "[verdict] minimum_detection must lie in [0, 1]": 0 <= verdict.minimum_detection <= 1,
+        "[verdict] minimum_confirmations must be at least 1": verdict.minimum_confirmations >= 1,
         "[verdict] minimum_classes must be at least 3": verdict.minimum_classes >= 3,
+        "[repair] accuracy_budget must lie in [0, 1)": 0 <= policy.repair.accuracy_budget < 1,
         "[model] layout must be 'NCHW' or 'NHWC'": model.layout in (None, "NCHW", "NHWC"),
         "[model] channels must be 1 or 3": model.channels in (None, 1, 3),
         "[model] height and width must be at least 4": all(size is None or size >= 4 for size in (model.height, model.width)),
         "[model] std must be positive": model.std is None or (len(model.std) > 0 and min(model.std) > 0),
+        "[model] clean_accuracy must lie in [0, 1]": model.clean_accuracy is None or 0 <= model.clean_accuracy <= 1,
         "[model] low must be below high": model.low is None or model.high is None or model.low < model.high,
     }
     for rule, holds in rules.items():

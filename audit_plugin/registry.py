@@ -7,37 +7,62 @@ between the check and its use.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import logging
+import math
 import re
 import shutil
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlparse
-from urllib.request import url2pathname
+from urllib.request import getproxies, proxy_bypass, url2pathname
 
 import mlflow
-from mlflow.entities import LoggedModel, LoggedModelInput
+import numpy as np
+import requests
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types import ColSpec, Schema, TensorSpec
 
 from audit_plugin.errors import RegistryError, UsageError, nearest
+from audit_plugin.intake import inspect
+from audit_plugin.model.input_spec import is_input_tag
+from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
-from audit_plugin.types import AuditReport, FileEntry, InputScores, Measured, ModelRef, TriggerSearch
+from audit_plugin.types import AuditReport, FileEntry, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
+
+if TYPE_CHECKING:
+    from audit_plugin.guard import Guard
+    from audit_plugin.model.load import Network
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "backdoor-audits"
 VERDICT_TAG = "audit.verdict"
+GUARD_OF_TAG = "audit.guard_of"
+REPAIRED_FROM_TAG = "audit.repaired_from"
 _REMOTE = ("models:/", "runs:/")
 _MODEL_FILES = (".pt2", ".onnx", ".pt", ".pth")
 _BLOCK = ("<!-- backdoor-audit -->", "<!-- /backdoor-audit -->")
 _DESCRIPTION_LIMIT = 5000
 _SERVER_TIMEOUT_SECONDS = 5
 _CHUNK = 1024 * 1024
+_NETWORK_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    requests.exceptions.ConnectionError,
+    requests.exceptions.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,9 @@ def pin(uri: str, destination: Path) -> PinnedModel:
         with _teaching(uri):
             return _pin_remote(uri, folder)
     if re.match(r"^[a-z][a-z0-9+.-]+:/", uri):
-        raise UsageError(f"'{uri}' is no model URI. Use models:/name/version, models:/name@alias, runs:/run/name, or a path.")
+        raise UsageError(
+            f"'{redacted(uri)}' is no model URI. Use models:/name/version, models:/name@alias, runs:/run/name, or a path."
+        )
     return _pin_local(Path(uri), uri, folder)
 
 
@@ -102,8 +129,7 @@ def log_report(report: AuditReport, files: Path) -> LoggedReport:
     with _teaching(report.model.uri):
         check_server()
         client = MlflowClient()
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+        experiment_id = _experiment(client)
         model = report.model
         title = f"{model.name} v{model.version}" if model.name else Path(model.pinned_uri).name
         run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
@@ -117,11 +143,149 @@ def log_report(report: AuditReport, files: Path) -> LoggedReport:
             page = _page(experiment_id, run_id)
             if model.name is not None and model.version is not None:
                 _mark_version(client, report, model.name, model.version, run_id, page)
+            client.set_terminated(run_id)
+            if model.name is not None and model.version is not None:
+                # Last of all: an audit that was logged by half shows no verdict.
+                client.set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
         except BaseException:
-            client.set_terminated(run_id, "KILLED")
+            with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
+                check_server()
+                client.set_terminated(run_id, "KILLED")
             raise
-        client.set_terminated(run_id)
         return LoggedReport(run_id, page)
+
+
+def register_repaired(original: ModelRef, network: Network, repair: RepairReport) -> str:
+    """Log a repaired network as a model of its own and register it as the next version of the original's registered model.
+
+    A torch graph is logged as ``.pt2``, an ONNX model in its own flavour, both on their own input scale. The version gets tags
+    on its origin and the original's tags that say how images become input, so that it is audited alike; a verdict it must
+    earn itself. The run, in the experiment ``backdoor-audits``, keeps what the repair measured.
+
+    Returns:
+        ``models:/name/version``.
+
+    Raises:
+        RegistryError: the original is no version of a registered model, or the tracking server does not answer or refuses.
+        IntakeError: what MLflow wrote would be refused by an audit.
+    """
+    if original.name is None or original.version is None:
+        raise RegistryError(f"{original.pinned_uri} is no version of a registered model, so its repair cannot be one.")
+    origin = {
+        REPAIRED_FROM_TAG: original.pinned_uri,
+        "audit.repaired_from_digest": original.digest,
+        "audit.repair_method": repair.method,
+    }
+    with _teaching(original.uri):
+        check_server()
+        client = MlflowClient()
+
+        def log_into(experiment_id: str, run_id: str) -> str:
+            client.log_dict(run_id, {"method": repair.method, **plain_json(repair.facts)}, "repair.json")
+            for name, value in _repair_metrics(repair).items():
+                client.log_metric(run_id, name, value)
+            return _log_network(client, network, experiment_id, run_id)
+
+        input_tags = {key: value for key, value in original.tags.items() if is_input_tag(key)}
+        title = f"{original.name} v{original.version}: repaired"
+        return _new_version(client, original.name, title, origin, log_into, input_tags)
+
+
+def register_guard(guard: Guard, name: str) -> str:
+    """Log a guarded model in MLflow's ONNX flavour and register it under ``name``, which is made if missing.
+
+    The run, in the experiment ``backdoor-audits``, keeps the measured rates, the version's tags name the guarded model.
+
+    Returns:
+        ``models:/name/version``.
+
+    Raises:
+        RegistryError: the tracking server does not answer or refuses.
+    """
+    origin = {GUARD_OF_TAG: guard.guarded.pinned_uri, "audit.guard_of_digest": guard.guarded.digest}
+    with _teaching(guard.guarded.uri):
+        check_server()
+        client = MlflowClient()
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+        def log_into(experiment_id: str, run_id: str) -> str:
+            client.log_dict(run_id, guard.document(), "guard.json")
+            rates = {"false_positive_rate": guard.false_positive_rate, "detection_rate": guard.detection_rate}
+            for metric, rate in rates.items():
+                if rate is not None and math.isfinite(rate.value):
+                    client.log_metric(run_id, metric, rate.value)
+            client.log_metric(run_id, "threshold", guard.threshold)
+            return _log_onnx(client, guard, experiment_id, run_id)
+
+        return _new_version(client, name, f"{name}: guard of {guard.guarded.pinned_uri}", origin, log_into, {})
+
+
+def _log_onnx(client: MlflowClient, guard: Guard, experiment_id: str, run_id: str) -> str:
+    """Log a guarded model as a model of a run; its id."""
+    import onnx
+
+    graph = guard.model.graph
+    dtypes = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.BOOL: np.dtype(np.bool_)}
+    fixed = graph.input[0].type.tensor_type.shape.dim[0].dim_value or -1
+    outputs: list[ColSpec | TensorSpec] = [
+        TensorSpec(
+            dtypes[output.type.tensor_type.elem_type],
+            (fixed, *(dimension.dim_value or -1 for dimension in output.type.tensor_type.shape.dim[1:])),
+            output.name,
+        )
+        for output in graph.output
+    ]
+    inputs: list[ColSpec | TensorSpec] = [TensorSpec(guard.example.dtype, (fixed, *guard.example.shape[1:]), graph.input[0].name)]
+    with _logged_model(client, experiment_id, run_id) as (described, folder):
+        mlflow.onnx.save_model(
+            guard.model,
+            folder,
+            mlflow_model=described,
+            signature=ModelSignature(Schema(inputs), Schema(outputs)),
+            input_example={graph.input[0].name: guard.example[: max(fixed, 1)]},
+            pip_requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={_onnxruntime_version()}"],
+            save_as_external_data=False,
+        )
+    return str(described.model_id)
+
+
+def _new_version(
+    client: MlflowClient,
+    name: str,
+    title: str,
+    origin: Mapping[str, str],
+    log_into: Callable[[str, str], str],
+    tags: Mapping[str, str],
+) -> str:
+    """A run of ours, the model that ``log_into`` logs into it, and a version of the registered model ``name``; its URI."""
+    experiment_id = _experiment(client)
+    run_id = client.create_run(experiment_id, run_name=title, tags=dict(origin)).info.run_id
+    try:
+        model_id = log_into(experiment_id, run_id)
+        registered = client.create_model_version(name, f"models:/{model_id}", run_id, {**tags, **origin}, model_id=model_id)
+    except BaseException:
+        with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
+            check_server()
+            client.set_terminated(run_id, "KILLED")
+        raise
+    with suppress(MlflowException, *_NETWORK_ERRORS):  # the version exists; this is only the link to it from elsewhere
+        client.set_terminated(run_id)
+        link = json.dumps([{"name": name, "version": registered.version}])
+        client.set_logged_model_tags(model_id, {"mlflow.modelVersions": link})
+    return f"models:/{name}/{registered.version}"
+
+
+def redacted(text: str) -> str:
+    """``text`` without the user name and password of any URI in it.
+
+    >>> redacted("http://user:secret@tracking.example:5000/path")
+    'http://tracking.example:5000/path'
+    """
+    return re.sub(r"(?<=://)[^\s/?#]*@", "", text)
 
 
 def manifest_of(folder: Path) -> tuple[FileEntry, ...]:
@@ -241,7 +405,9 @@ def _known_models(client: MlflowClient, name: str) -> str:
 
 
 def check_server() -> None:
-    """Ask a remote tracking server once, instead of MLflow's minutes of retries.
+    """Find out whether anybody listens at a remote tracking server, instead of MLflow's minutes of retries.
+
+    Who may come in, and by which certificate, is MLflow's to find out.
 
     Raises:
         RegistryError: it does not answer within seconds.
@@ -249,18 +415,31 @@ def check_server() -> None:
     for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
         if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
             # MLflow would create an empty one in the current folder.
-            raise RegistryError(f"There is no MLflow database at {uri}. Set MLFLOW_TRACKING_URI to your tracking server.")
+            raise RegistryError(
+                f"There is no MLflow database at {redacted(uri)}. Set MLFLOW_TRACKING_URI to your tracking server."
+            )
         if not uri.startswith(("http://", "https://")):
             continue
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_SERVER_TIMEOUT_SECONDS).close()  # noqa: S310
-        except urllib.error.HTTPError:
-            continue  # it answers; whether it lets us in is MLflow's to find out
+            _knock(uri)
         except (OSError, ValueError) as error:
             raise RegistryError(
-                f"The tracking server {uri} does not answer ({getattr(error, 'reason', error)}). "
+                f"The tracking server {redacted(uri)} does not answer ({error}). "
                 "Check MLFLOW_TRACKING_URI, or start it with 'mlflow server'."
             ) from error
+
+
+def _knock(uri: str) -> None:
+    parsed = urlparse(uri)
+    host, port = parsed.hostname or "", parsed.port or (443 if parsed.scheme == "https" else 80)
+    if {parsed.scheme, "all"} & getproxies().keys() and not proxy_bypass(f"{host}:{port}"):
+        return  # only the proxy can reach it
+    with socket.create_connection((host, port), timeout=_SERVER_TIMEOUT_SECONDS) as connection:
+        if parsed.scheme == "http":
+            # The far end of a tunnel, or a server that hangs, takes connections too.
+            connection.sendall(b"HEAD /health HTTP/1.0\r\n\r\n")
+            if not connection.recv(1):
+                raise ConnectionError("it closed the connection")
 
 
 @contextmanager
@@ -273,10 +452,12 @@ def _teaching(uri: str) -> Iterator[None]:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             if name := re.match(r"models:/([^/@]+)", uri):
                 hint = _known_models(MlflowClient(), name[1])
-            hint += f" Looked in {mlflow.get_registry_uri()}; set MLFLOW_TRACKING_URI for another server."
+            hint += f" Looked in {redacted(mlflow.get_registry_uri())}; set MLFLOW_TRACKING_URI for another server."
         raise RegistryError(f"MLflow: {_one_line(str(error)).rstrip('.')}.{hint}") from error
+    except _NETWORK_ERRORS as error:
+        raise RegistryError(f"The server that keeps {redacted(uri)} does not answer: {_one_line(str(error))}") from error
     except OSError as error:
-        raise RegistryError(f"The files of {uri} cannot be read: {_one_line(str(error))}") from error
+        raise RegistryError(f"The files of {redacted(uri)} cannot be read: {_one_line(str(error))}") from error
 
 
 def _tags(report: AuditReport) -> dict[str, str]:
@@ -313,11 +494,15 @@ def _metrics(report: AuditReport) -> dict[str, float]:
 
 
 def _mark_version(client: MlflowClient, report: AuditReport, name: str, version: str, run_id: str, page: str | None) -> None:
-    if report.decision.suspected_class is None and "audit.suspected_class" in report.model.tags:
-        client.delete_model_version_tag(name, version, "audit.suspected_class")
-    for key, value in {**_tags(report), "audit.run_id": run_id}.items():
+    """Tags and description of an audited version; what an earlier audit found is taken back, the verdict not yet given."""
+    registered = client.get_model_version(name, version)
+    tags = {**_tags(report), "audit.run_id": run_id}
+    del tags[VERDICT_TAG]
+    for key in {VERDICT_TAG, "audit.suspected_class"} & set(registered.tags) - set(tags):
+        client.delete_model_version_tag(name, version, key)
+    for key, value in tags.items():
         client.set_model_version_tag(name, version, key, value)
-    description = client.get_model_version(name, version).description or ""
+    description = registered.description or ""
     block = f"{_BLOCK[0]}\n{render_markdown_block(report, page)}\n{_BLOCK[1]}"
     pattern = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
     written = pattern.sub(lambda _: block, description) if pattern.search(description) else f"{description}\n\n{block}".strip()
@@ -327,19 +512,91 @@ def _mark_version(client: MlflowClient, report: AuditReport, name: str, version:
     client.update_model_version(name, version, written)
 
 
+def _log_network(client: MlflowClient, network: Network, experiment_id: str, run_id: str) -> str:
+    """Log a network as a model of a run; its id. ``log_model`` would load it to try it out, and change the active experiment."""
+    import onnx
+
+    from audit_plugin.model.save import example_input
+
+    example, batch = example_input(network), network.batch_size or -1
+    signature = ModelSignature(
+        Schema([TensorSpec(example.dtype, (batch, *example.shape[1:]))]),
+        Schema([TensorSpec(example.dtype, (batch, network.class_count))]),
+    )
+    with _logged_model(client, experiment_id, run_id) as (described, folder):
+        if isinstance(network.program, onnx.ModelProto):
+            mlflow.onnx.save_model(
+                network.program,
+                folder,
+                mlflow_model=described,
+                signature=signature,
+                input_example=example,
+                pip_requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={_onnxruntime_version()}"],
+                save_as_external_data=False,
+            )
+        else:
+            mlflow.pytorch.save_model(
+                network.program,
+                folder,
+                mlflow_model=described,
+                signature=signature,
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={importlib.metadata.version('torch').partition('+')[0]}"],
+            )
+    return str(described.model_id)
+
+
+@contextmanager
+def _logged_model(client: MlflowClient, experiment_id: str, run_id: str) -> Iterator[tuple[Model, Path]]:
+    """Describe a model of a run and give a folder for MLflow to save it in; it is checked as by an audit, and logged."""
+    logged = client.create_logged_model(experiment_id, "model", run_id)
+    described = Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
+    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+        folder = Path(temporary) / "model"
+        yield described, folder
+        inspect(folder)
+        client.log_model_artifacts(logged.model_id, str(folder))
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.finalize_logged_model(logged.model_id, "READY")
+
+
+def _onnxruntime_version() -> str:
+    """Of the package without a GPU, which is what serves everywhere; both are released under the same numbers."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def _repair_metrics(repair: RepairReport) -> dict[str, float]:
+    metrics = {
+        "accuracy_before": repair.accuracy_before.value,
+        "accuracy_after": repair.accuracy_after.value,
+        "flip_rate_before": repair.flip_rate_before.value,
+        "flip_rate_after": repair.flip_rate_after.value,
+    }
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _experiment(client: MlflowClient) -> str:
+    """Id of the experiment ``backdoor-audits``, which is made if missing."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT))
+
+
 def _page(experiment_id: str, run_id: str) -> str | None:
     uri = mlflow.get_tracking_uri()
     if not uri.startswith(("http://", "https://")):
         return None
-    return f"{uri.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}/artifacts"
+    return f"{redacted(uri).rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}/artifacts"
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:400]
+    return redacted(" ".join(text.split()))[:400]
 
 
 def describe_tracking() -> str:
-    """The tracking URI, after it answered.
+    """The tracking URI, without credentials, after it answered.
 
     Raises:
         RegistryError: it does not answer.
@@ -348,4 +605,4 @@ def describe_tracking() -> str:
     uri: str = mlflow.get_tracking_uri()
     with _teaching(uri):
         MlflowClient().search_experiments(max_results=1)
-    return uri
+    return redacted(uri)

@@ -21,7 +21,7 @@ LabelArray: TypeAlias = NDArray[np.int64]
 Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
 Layout = Literal["NCHW", "NHWC"]
 TriggerFamily = Literal["patch", "additive"]
-ReportFormat = Literal["text", "json", "html"]
+ReportFormat = Literal["text", "json", "html", "csv", "parquet"]
 
 
 class Verdict(enum.StrEnum):
@@ -280,6 +280,28 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """A simpler score on the same images, which shows what the method adds to it.
+
+    ``auroc`` as in :class:`InputScores`; ``threshold`` is the calibrated quantile, None where that was impossible.
+    """
+
+    name: str
+    auroc: float | None
+    threshold: Threshold | None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One quantity behind a score, to be drawn as histograms: (N,) for clean, (M,) for stamped, (K,) for suspect images."""
+
+    quantity: str
+    clean: FloatArray
+    stamped: FloatArray
+    suspects: FloatArray
+
+
+@dataclass(frozen=True)
 class InputScores:
     """What an input scorer measured. Higher scores are more suspicious, always.
 
@@ -290,6 +312,9 @@ class InputScores:
         thresholds: every rule that was tried, the one that decides first.
         profile: optional per-layer picture.
         facts: further figures by name, JSON values only.
+        auroc: area under the ROC curve of the stamped against the clean images; None without stamped ones.
+        baselines: what simpler scores make of the same images.
+        distributions: quantities behind the score, for histograms.
     """
 
     clean: FloatArray
@@ -298,6 +323,9 @@ class InputScores:
     thresholds: tuple[Threshold, ...]
     profile: Profile | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    auroc: float | None = None
+    baselines: tuple[Baseline, ...] = ()
+    distributions: tuple[Distribution, ...] = ()
 
 
 Measurement: TypeAlias = TriggerSearch | InputScores
@@ -429,12 +457,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class ExampleImages:
-    """A few held-out images before and after stamping, uint8 (N, height, width, channels), and what the model said of each."""
+    """A few held-out images before and after stamping, uint8 (N, height, width, channels), and what the model said of each.
+
+    The attention maps, float32 (N, height, width) in [0, 1], are Grad-CAM for the predicted class; None where the model gives no
+    gradients.
+    """
 
     clean: ImageArray
     stamped: ImageArray
     clean_predictions: tuple[int, ...]
     stamped_predictions: tuple[int, ...]
+    clean_attention: FloatArray | None = None
+    stamped_attention: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -461,3 +495,30 @@ class AuditReport:
     @property
     def duration_seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
+
+
+# ---------------------------------------------------------------------------------------------------- the repair
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did, measured on the test split, which neither taught nor stopped it.
+
+    The flip rate is that of the recovered trigger that succeeds most, on images of other classes that the original does not
+    predict as ``target_class`` anyway: the same images before and after. The repair knew these triggers; what it does
+    against the attacker's own can only be measured by whoever has that.
+
+    Attributes:
+        method: ``beniful`` or ``prune``.
+        trigger_count: recovered triggers that the repair got.
+        facts: what the method did, JSON values only.
+    """
+
+    method: str
+    target_class: int
+    trigger_count: int
+    accuracy_before: Rate
+    accuracy_after: Rate
+    flip_rate_before: Rate
+    flip_rate_after: Rate
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -4,8 +4,10 @@ The rule of this release, in words:
 
 * **fail**: one class needs a trigger so much smaller than the other classes do (robust outlier of the log size, in either family
   of triggers, at least ``minimum_outlier``), that trigger moves at least ``minimum_attack_success`` of held-out
-  images, and an independent check sees it too: the layer-wise score flags at least ``minimum_detection`` of the stamped images,
-  and clearly more of them than of the clean ones (their exact intervals are disjoint).
+  images, and independent checks see it too: at least ``minimum_confirmations`` of the input scorers that measured (all of them,
+  where fewer did) flag at least ``minimum_detection`` of the stamped images, and clearly more of them than of the clean ones
+  (their exact intervals are disjoint). This is the backdoor consistency of Li, Zhang and Ma 2024: where the trigger is
+  detected on inputs, there is a backdoor.
 * **pass**: every required check measured, none failed, the clean set satisfied its expectations, all classes were searched,
   no class comes nearer than ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``.
 * **inconclusive**: everything else, with the reason.
@@ -170,8 +172,16 @@ def _contradictions(found: TriggerEvidence, outcomes: Sequence[Outcome], policy:
                 f"a failure asks for {policy.minimum_attack_success:.0%}.",
             )
         )
-    if not any(_confirms(scores, policy) for scores in _measurements(outcomes) if isinstance(scores, InputScores)):
-        reasons.append(Reason("not-confirmed", "No independent check tells images with the recovered trigger from clean ones."))
+    scorers = [scores for scores in _measurements(outcomes) if isinstance(scores, InputScores)]
+    confirming = sum(_confirms(scores, policy) for scores in scorers)
+    if confirming < max(min(policy.minimum_confirmations, len(scorers)), 1):
+        reasons.append(
+            Reason(
+                "not-confirmed",
+                f"{confirming} of {len(scorers)} independent checks tell images with the recovered trigger from clean ones, "
+                f"a failure asks for {policy.minimum_confirmations}.",
+            )
+        )
     return tuple(reasons)
 
 

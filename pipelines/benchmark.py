@@ -94,10 +94,10 @@ def _export_both(bare: Path, scoring: Path) -> None:
     """Untrained weights, since speed does not depend on them; every layer that any class may sum is scored, the worst case."""
     import torch
 
-    from audit_plugin.zoo.architectures import cifar_resnet18
+    from audit_plugin.zoo.architectures import CifarResNet18
 
     example = torch.zeros(4, 3, _SIZE, _SIZE)
-    program = torch.export.export(cifar_resnet18(_CLASSES).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(CifarResNet18(_CLASSES).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     network = Network(plain_graph(program), (-1, 3, _SIZE, _SIZE), _CLASSES, None, False)
     names = tuple(str(label) for label in range(_CLASSES))
     subject = prepare_subject(network, InputSpec(_SIZE, _SIZE, 3), flavour="pt2", class_names=names)

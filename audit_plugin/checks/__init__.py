@@ -1,16 +1,22 @@
 """All checks, one line each; the audit runs them in this order and the contract tests enumerate them."""
 
+from audit_plugin.checks.activation_norm import ActivationNormScorer
+from audit_plugin.checks.bad_expert import BadExpertScorer
 from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
+from audit_plugin.checks.beniful import BenifulScorer
 from audit_plugin.checks.layerwise import LayerwiseScorer
 from audit_plugin.checks.source_specific import SourceSpecificInversion
 from audit_plugin.checks.trigger_inversion import TriggerInversion
 
 PROBES: tuple[type[Probe], ...] = (TriggerInversion, SourceSpecificInversion)
-INPUT_SCORERS: tuple[type[InputScorer], ...] = (LayerwiseScorer,)
+INPUT_SCORERS: tuple[type[InputScorer], ...] = (LayerwiseScorer, BadExpertScorer, BenifulScorer, ActivationNormScorer)
 
 __all__ = [
     "INPUT_SCORERS",
     "PROBES",
+    "ActivationNormScorer",
+    "BadExpertScorer",
+    "BenifulScorer",
     "FittedScorer",
     "InputScorer",
     "LayerwiseScorer",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import FitSplit, FloatArray, ImageArray, Trigger
+from audit_plugin.types import Distribution, FitSplit, FloatArray, ImageArray, Trigger
 
 
 class FittedScorer(abc.ABC):
@@ -58,6 +58,14 @@ class FittedScorer(abc.ABC):
     def profile(self, images: ImageArray) -> FloatArray:
         """Per-layer values behind the score, (N, len(profile_layers)); only called when there are such layers."""
         return np.zeros((len(images), 0), dtype=np.float32)
+
+    def baselines(self, images: ImageArray) -> Mapping[str, FloatArray]:
+        """Simpler scores of each image by name, each (N,), higher is more suspicious; reported beside the check's own."""
+        return {}
+
+    def distributions(self, clean: ImageArray, stamped: ImageArray, suspects: ImageArray) -> tuple[Distribution, ...]:
+        """Quantities behind the score that are worth a histogram; any of the three may hold no image."""
+        return ()
 
     @abc.abstractmethod
     def _score(self, images: ImageArray) -> FloatArray: ...

@@ -17,7 +17,6 @@ afterwards, in float32, on images that the search never saw.
 from __future__ import annotations
 
 import abc
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.subject import Subject
+from audit_plugin.model.fine_tuning import compute_device, fast_precision
 from audit_plugin.types import FitSplit, Trigger, TriggerFamily
 
 _FLIP_MEMORY = 0.7  # weight of the past in the running flip rate
@@ -72,7 +71,7 @@ class Budget:
 
 
 def invert(
-    subject: Subject,
+    module: nn.Module,
     fit_split: FitSplit,
     goals: Sequence[Goal],
     families: Sequence[type[Candidates]],
@@ -83,14 +82,12 @@ def invert(
     """One trigger for every family and goal, in that order.
 
     Args:
+        module: pixels (N, channels, height, width) -> (tap, ..., logits), with frozen weights.
         goals: either all with a source class, of which the fit split has images, or all without.
         progress: called with the share of the work done.
-
-    Raises:
-        InapplicableError: the model gives no gradients.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = subject.torch_module().to(device)
+    device = compute_device()
+    module = module.to(device)
     pixels = torch.from_numpy(to_pixels(fit_split.images)).to(device)
     labels = torch.from_numpy(fit_split.labels).to(device)
     size = budget.images_per_batch // budget.images_per_step
@@ -98,16 +95,18 @@ def invert(
     total = len(groups) * len(families) * budget.steps
     done = 0
     triggers: list[Trigger] = []
-    for family in families:
-        for group in groups:
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            candidates = family(len(group), pixels.shape[1:], generator, device)
-            for _ in _descend(module, candidates, group, pixels, labels, budget, generator):
-                done += 1
-                if progress is not None:
-                    progress(done / total)
-            triggers.extend(candidates.triggers(group))
-    module.to("cpu")
+    try:
+        for family in families:
+            for group in groups:
+                generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+                candidates = family(len(group), pixels.shape[1:], generator, device)
+                for _ in _descend(module, candidates, group, pixels, labels, budget, generator):
+                    done += 1
+                    if progress is not None:
+                        progress(done / total)
+                triggers.extend(candidates.triggers(group))
+    finally:
+        module.to("cpu")
     return triggers
 
 
@@ -132,7 +131,7 @@ def _descend(
         count = rows.shape[1]
         wanted = targets.repeat_interleave(count)
         stamped, sizes = candidates.stamp(pixels[rows])
-        with _fast_precision(pixels.device):
+        with fast_precision(pixels.device):
             logits = module(stamped.flatten(0, 1).contiguous(memory_format=torch.channels_last))[-1].float()
         losses = functional.cross_entropy(logits, wanted, reduction="none").view(len(goals), count).mean(dim=1)
         optimizer.zero_grad()
@@ -243,10 +242,3 @@ class Perturbations(Candidates):
     def _image_space(self, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         change = parameters[0].clamp(-1, 1)
         return change.abs().mean(dim=1), change
-
-
-def _fast_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 where the hardware multiplies in it, else float32."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -26,10 +26,13 @@ What we do differently, and why:
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from audit_plugin.checks.base import FittedScorer, InputScorer
@@ -58,7 +61,7 @@ class LayerwiseScorer(InputScorer):
         if not self.tau > 0:
             raise ValueError(f"tau must be positive, got {self.tau}")
 
-    def fit(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> FittedScorer:
+    def fit(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> FittedLayerwise:
         """Find centroids, layers of interest and the clean statistics of every class.
 
         Raises:
@@ -81,15 +84,15 @@ class LayerwiseScorer(InputScorer):
         statistics = class_statistics(cosines, fit_split.labels, subject.class_count, len(layers), first)
         needed: NDArray[np.bool_] = np.asarray(statistics.weights.any(axis=0))
         kept = [layer for layer, is_needed in zip(used, needed, strict=True) if is_needed]
-        model = append_layerwise_score(
-            subject.onnx_model,
+        append_to = functools.partial(
+            append_layerwise_score,
             centroids={layer: sums[layer] for layer in kept},
             weights=statistics.weights[:, needed],
             mean=statistics.mean,
             deviation=statistics.deviation,
-            score=self.name,
         )
-        return _FittedLayerwise(self, subject.open_session(model), tuple(kept), used, statistics, counts)
+        session = subject.open_session(append_to(subject.onnx_model, score=self.name))
+        return FittedLayerwise(self, session, append_to, tuple(kept), used, statistics, counts)
 
 
 @dataclass(frozen=True)
@@ -147,19 +150,23 @@ def class_statistics(
     )
 
 
-class _FittedLayerwise(FittedScorer):
+class FittedLayerwise(FittedScorer):
+    """``append_to(model, score=name)`` adds the fitted score to any export of the network with the same taps."""
+
     profile_quantity = "cosine similarity to the centroid of the predicted class"
 
     def __init__(
         self,
         check: LayerwiseScorer,
         session: Session,
+        append_to: Callable[..., onnx.ModelProto],
         kept: tuple[str, ...],
         used: tuple[str, ...],
         statistics: ClassStatistics,
         counts: NDArray[np.int64],
     ) -> None:
         self.session = session
+        self.append_to = append_to
         self.profile_layers = kept
         self.own_thresholds = {f"tau = {check.tau:g}": check.tau}
         self.facts = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,17 @@ from numpy.typing import NDArray
 from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
 from audit_plugin.errors import AuditError, InapplicableError
 from audit_plugin.maths.outlier import pair_outliers, small_side_outliers
-from audit_plugin.maths.rates import quantile_threshold, rate_of
+from audit_plugin.maths.rates import auroc, quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
+    Baseline,
     Failed,
+    FloatArray,
     ImageArray,
     Inapplicable,
     InputScores,
     LabelArray,
+    LabelledImages,
     Measured,
     Measurement,
     Outcome,
@@ -62,7 +66,7 @@ def measure_probe(
     searches: int = 1,
     doubtful: tuple[float, float] = (0.0, math.inf),
 ) -> TriggerSearch:
-    """Search on the fit split, then measure every candidate's attack success rate on the test split.
+    """Search on the fit split, compare the candidates on the calibrate split, report their success rates on the test split.
 
     Only images count whose label and prediction are another class than the target.
 
@@ -70,10 +74,11 @@ def measure_probe(
     So a search is repeated, up to ``searches`` in all, while its greatest outlier lies within ``doubtful``, and sizes are
     averaged (geometric mean).
     """
-    predictions = subject.predict(splits.test.images)
+    calibrate, test = (_Held(part, subject.predict(part.images)) for part in (splits.calibrate, splits.test))
     runs: list[list[_Candidate]] = []
     while True:
-        runs.append([_measure(trigger, subject, splits, predictions) for trigger in probe.search(subject, splits.fit, rng)])
+        found = probe.search(subject, splits.fit, rng)
+        runs.append([_Candidate(trigger, calibrate.success(trigger, subject)) for trigger in found])
         candidates = _compare(runs)
         greatest = max((candidate.outlier for candidate in candidates), default=0.0)
         if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
@@ -81,7 +86,21 @@ def measure_probe(
         log.info("The greatest outlier is %.1f: searching again to make sure.", greatest)
     searched = {candidate.trigger.target_class for candidate in candidates}
     skipped = tuple(label for label in range(subject.class_count) if label not in searched)
+    candidates = [replace(candidate, success=test.success(candidate.trigger, subject)) for candidate in candidates]
     return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), len(runs), skipped)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Images that the search never saw, with the model's answers."""
+
+    images: LabelledImages
+    predictions: LabelArray
+
+    def success(self, trigger: Trigger, subject: Subject) -> Rate:
+        """Attack success rate of a trigger on the images that it should move."""
+        stamped = trigger.stamp(self.images.images[victims(trigger, self.images.labels, self.predictions)])
+        return rate_of(subject.predict(stamped) == trigger.target_class)
 
 
 @dataclass(frozen=True)
@@ -94,11 +113,6 @@ class _Candidate:
     @property
     def log_size(self) -> float:
         return math.log(self.trigger.size) if self.success.value >= SMALLEST_SUCCESS else math.inf
-
-
-def _measure(trigger: Trigger, subject: Subject, splits: Splits, predictions: LabelArray) -> _Candidate:
-    stamped = trigger.stamp(splits.test.images[victims(trigger, splits.test.labels, predictions)])
-    return _Candidate(trigger, rate_of(subject.predict(stamped) == trigger.target_class))
 
 
 def _compare(runs: Sequence[Sequence[_Candidate]]) -> list[TriggerEvidence]:
@@ -145,6 +159,7 @@ def measure_scorer(
     stamped: ImageArray,
     stamped_class: int | None,
     false_positive_rate: float,
+    suspects: ImageArray | None = None,
 ) -> tuple[InputScores, FittedScorer]:
     """Fit on the fit split, choose the quantile threshold on the calibrate split, report on the test split.
 
@@ -152,26 +167,58 @@ def measure_scorer(
         stamped: held-out images that carry the most suspicious recovered trigger and are predicted as ``stamped_class``, uint8
             (M, height, width, channels); empty without one.
         false_positive_rate: of the quantile threshold.
+        suspects: the user's suspect inputs, for the histograms only.
 
     Returns:
         The measurement, and the fitted scorer for use on suspect inputs.
     """
     fitted = scorer.fit(subject, splits.fit, rng)
-    clean = fitted.score(splits.test.images)
-    attacked = fitted.score(stamped)
-    cuts = dict(fitted.own_thresholds)
+    test = splits.test.images
+    clean, attacked = fitted.score(test), fitted.score(stamped)
     facts = dict(fitted.facts)
+    thresholds = [_threshold(rule, cut, clean, attacked) for rule, cut in fitted.own_thresholds.items()]
     try:
-        cut = quantile_threshold(fitted.score(splits.calibrate.images), false_positive_rate)
-        cuts[f"quantile at FPR {false_positive_rate:.1%}"] = cut
+        calibrated = fitted.score(splits.calibrate.images)
+        thresholds.append(_quantile(calibrated, clean, attacked, false_positive_rate))
     except ValueError as error:
         facts["quantile_threshold_missing"] = str(error)
-    thresholds = tuple(
-        Threshold(rule, float(cut), rate_of(clean > cut), rate_of(attacked > cut) if len(attacked) else None)
-        for rule, cut in cuts.items()
+    scores = InputScores(
+        clean,
+        attacked,
+        stamped_class,
+        tuple(thresholds),
+        _profile(fitted, subject, splits, stamped, stamped_class),
+        facts,
+        auroc(clean, attacked) if len(attacked) else None,
+        _baselines(fitted, splits, stamped, false_positive_rate),
+        fitted.distributions(test, stamped, test[:0] if suspects is None else suspects),
     )
-    profile = _profile(fitted, subject, splits, stamped, stamped_class)
-    return InputScores(clean, attacked, stamped_class, thresholds, profile, facts), fitted
+    return scores, fitted
+
+
+def _threshold(rule: str, cut: float, clean: FloatArray, stamped: FloatArray) -> Threshold:
+    return Threshold(rule, float(cut), rate_of(clean > cut), rate_of(stamped > cut) if len(stamped) else None)
+
+
+def _quantile(calibrated: FloatArray, clean: FloatArray, stamped: FloatArray, false_positive_rate: float) -> Threshold:
+    """The calibrated threshold; ValueError when there are too few calibration scores for the rate."""
+    cut = quantile_threshold(calibrated, false_positive_rate)
+    return _threshold(f"quantile at FPR {false_positive_rate:.1%}", cut, clean, stamped)
+
+
+def _baselines(fitted: FittedScorer, splits: Splits, stamped: ImageArray, false_positive_rate: float) -> tuple[Baseline, ...]:
+    clean = fitted.baselines(splits.test.images)
+    if not clean:
+        return ()
+    calibrated = fitted.baselines(splits.calibrate.images)
+    attacked = fitted.baselines(stamped) if len(stamped) else {name: values[:0] for name, values in clean.items()}
+    measured = []
+    for name, values in clean.items():
+        threshold = None
+        with contextlib.suppress(ValueError):  # too few calibration images, which the check's own threshold says already
+            threshold = _quantile(calibrated[name], values, attacked[name], false_positive_rate)
+        measured.append(Baseline(name, auroc(values, attacked[name]) if len(attacked[name]) else None, threshold))
+    return tuple(measured)
 
 
 def victims(trigger: Trigger, labels: LabelArray, predictions: LabelArray) -> NDArray[np.bool_]:

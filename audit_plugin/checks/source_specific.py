@@ -64,7 +64,7 @@ class SourceSpecificInversion(Probe):
         if len(sources) < 2:
             raise InapplicableError(f"Fewer than two classes have {FEWEST_IMAGES} images in the fit split.")
         goals = [Goal(target, source) for source in sources for target in range(count) if target != source]
-        return invert(subject, fit_split, goals, (Patches,), self._budget(), rng, self.progress)
+        return invert(subject.torch_module(), fit_split, goals, (Patches,), self._budget(), rng, self.progress)
 
     def _budget(self) -> Budget:
         return Budget(self.steps, self.images_per_step, self.images_per_batch, self.flip_rate)

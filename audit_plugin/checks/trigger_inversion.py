@@ -55,7 +55,7 @@ class TriggerInversion(Probe):
         """
         classes = range(subject.class_count) if self.classes is None else self.classes
         goals = [Goal(target) for target in classes]
-        return invert(subject, fit_split, goals, (Patches, Perturbations), self._budget(), rng, self.progress)
+        return invert(subject.torch_module(), fit_split, goals, (Patches, Perturbations), self._budget(), rng, self.progress)
 
     def _budget(self) -> Budget:
         return Budget(self.steps, self.images_per_step, self.images_per_batch, self.flip_rate)

@@ -45,3 +45,15 @@ def quantile_threshold(calibration: FloatArray, false_positive_rate: float) -> f
             f"at least {needed} are needed"
         )
     return float(np.partition(calibration, rank - 1)[rank - 1])
+
+
+def auroc(negatives: FloatArray, positives: FloatArray) -> float:
+    """Area under the ROC curve: the probability that a positive score lies above a negative one, ties counting one half.
+
+    Raises:
+        ValueError: either is empty.
+    """
+    if len(negatives) == 0 or len(positives) == 0:
+        raise ValueError(f"the area under the ROC curve needs scores of both kinds, got {len(negatives)} and {len(positives)}")
+    statistic = stats.mannwhitneyu(positives, negatives).statistic
+    return float(statistic) / (len(negatives) * len(positives))

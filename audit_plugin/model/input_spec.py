@@ -18,6 +18,11 @@ CLASSES_TAG = "audit.classes"
 CHANNELS = (1, 3)
 
 
+def is_input_tag(name: str) -> bool:
+    """Whether a tag of this name says how images become input, or what the classes are called."""
+    return name.startswith(TAG_PREFIX) or name == CLASSES_TAG
+
+
 def open_shape(policy: ModelPolicy) -> tuple[int, int, int, int]:
     """What the policy says about the input shape, in the model's layout; -1 for what it leaves open."""
     channels, height, width = (size if size else -1 for size in (policy.channels, policy.height, policy.width))

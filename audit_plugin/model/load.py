@@ -23,6 +23,7 @@ from audit_plugin.types import FloatArray, Intake
 log = logging.getLogger(__name__)
 
 CLASS_LIMITS = (2, 1000)
+_TRAINED_OTHERWISE = ("batch_norm", "dropout", "rrelu")
 
 Run: TypeAlias = Callable[[FloatArray], FloatArray]
 
@@ -94,7 +95,9 @@ def load_network(
 
 def _from_exported_program(path: Path) -> fx.GraphModule:
     try:
-        return plain_graph(torch.export.load(str(path)))
+        program = torch.export.load(str(path))
+        _check_mode(program)
+        return plain_graph(program)
     except SubjectError:
         raise
     except Exception as error:  # a damaged file makes torch raise almost anything
@@ -102,6 +105,27 @@ def _from_exported_program(path: Path) -> fx.GraphModule:
             f"'{path.name}' cannot be read as an exported program by torch {torch.__version__}: {_short(error)}. "
             "Log the model again with mlflow.pytorch.log_model(..., input_example=...)."
         ) from error
+
+
+def _check_mode(program: torch.export.ExportedProgram) -> None:
+    """Must see the program as it was saved: rewriting it breaks up the operators that tell."""
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if _is_training(node):
+                raise SubjectError(
+                    f"The program was exported in training mode ('{node.name}' trains), so it does not answer as it is "
+                    "used. Call model.eval() before logging it again."
+                )
+
+
+def _is_training(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(name in schema.name for name in _TRAINED_OTHERWISE):
+        return False
+    given = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
+    if "batch_norm" in schema.name and given.get("running_mean") is None:
+        return False  # it takes each batch's own statistics, in evaluation too
+    return (given.get("training") or given.get("train")) is True and given.get("p") != 0
 
 
 def _from_state_dict(path: Path, architecture: str | None, class_count: int | None, shape: tuple[int, ...]) -> fx.GraphModule:
@@ -126,7 +150,13 @@ def _from_state_dict(path: Path, architecture: str | None, class_count: int | No
             "Check [model] architecture and classes in the policy."
         ) from error
     example = torch.zeros(4, *shape[1:])
-    return plain_graph(torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
+    try:
+        return plain_graph(torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
+    except Exception as error:  # the exporter and the network itself raise many kinds
+        raise SubjectError(
+            f"torchvision's {architecture} does not take images of shape {tuple(shape[1:])}: {_short(error)}. "
+            "Check [model] height, width, channels and architecture in the policy."
+        ) from error
 
 
 def _last_rows(weights: dict[str, Any]) -> int:

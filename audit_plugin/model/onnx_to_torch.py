@@ -21,7 +21,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, num
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audit_plugin.errors import InapplicableError
+from audit_plugin.errors import InapplicableError, SubjectError
 from audit_plugin.model.onnx_graph import model_input, opset_version
 
 Result: TypeAlias = Tensor | tuple[Tensor, ...]
@@ -101,6 +101,30 @@ class OnnxModule(nn.Module):
             for name in released:
                 del values[name]
         return tuple(values[name] for name in self._outputs)
+
+    def write_weights(self, model: ModelProto) -> ModelProto:
+        """A copy of ``model`` with the present weights of this module, which was made from it or from its exposed copy.
+
+        Raises:
+            SubjectError: ``model`` does not store one of the weights under its name.
+        """
+        copied = ModelProto()
+        copied.CopyFrom(model)
+        stored = {tensor.name: tensor for tensor in copied.graph.initializer}
+        for node in copied.graph.node:
+            if (constant := _constant(node)) is not None:
+                node.CopyFrom(_constant_node(node, constant))
+                stored[node.output[0]] = node.attribute[0].t
+        for name, attribute in self._attributes.items():
+            value = getattr(self, attribute)
+            if not isinstance(value, nn.Parameter):
+                continue
+            tensor = stored.get(name)
+            if tensor is None:
+                raise SubjectError(f"The model stores no weights named '{name}', so they cannot be changed.")
+            array = value.detach().float().cpu().numpy().astype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return copied
 
 
 # ------------------------------------------------------------------------------------------------ reading the graph
@@ -213,6 +237,13 @@ def _constant(node: NodeProto) -> TensorProto | None:
         if attribute.name in ("value_int", "value_ints"):
             return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), np.int64))
     return None
+
+
+def _constant_node(node: NodeProto, tensor: TensorProto) -> NodeProto:
+    """The same ``Constant`` node with its value as a tensor, whichever attribute held it."""
+    made = helper.make_node("Constant", [], list(node.output), name=node.name, domain=node.domain, value=tensor)
+    made.metadata_props.extend(node.metadata_props)
+    return made
 
 
 def _decoded(attribute: AttributeProto) -> object:

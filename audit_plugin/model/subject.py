@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import fx, nn
 
 from audit_plugin.errors import ExportError, InapplicableError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.export import LOGITS, Exported, export
+from audit_plugin.model.export import LOGITS, Exported, InBatches, PixelModel, export
 from audit_plugin.model.load import Network
+from audit_plugin.model.onnx_to_torch import OnnxModule
 from audit_plugin.model.runtime import Session
 from audit_plugin.types import Flavour, FloatArray, ImageArray, InputSpec, LabelArray, SubjectSummary, TapParity
 
@@ -29,9 +32,11 @@ class Subject:
         summary: what the report says of it.
         onnx_model: pixels -> every tap by name, ``logits`` last.
         session: an ONNX Runtime session of it.
+        network: what it was made from, on its own input scale.
     """
 
     summary: SubjectSummary
+    network: Network = field(repr=False)
     onnx_model: onnx.ModelProto
     session: Session
     require_gpu: bool
@@ -51,6 +56,47 @@ class Subject:
         if self._module is None:
             raise InapplicableError(f"This check needs gradients, and the ONNX graph cannot be converted: {self._module_missing}")
         return self._module
+
+    def trainable_copy(self) -> nn.Module:
+        """As :meth:`torch_module`, a copy whose floating-point weights may be trained.
+
+        Batch normalisation keeps the running statistics that the model was saved with: an exported graph has no training mode.
+
+        Raises:
+            InapplicableError: see :meth:`torch_module`.
+        """
+        copied = copy.deepcopy(self.torch_module())
+        for parameter in copied.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        if not any(parameter.requires_grad for parameter in copied.parameters()):
+            raise InapplicableError("This check fine-tunes a copy of the model, and the model stores no trainable weights.")
+        return copied
+
+    def retrained(self, module: nn.Module) -> Subject:
+        """The subject with the weights of ``module``, a :meth:`trainable_copy`; in the same flavour, exported anew.
+
+        Raises:
+            ExportError: see :func:`prepare_subject`.
+        """
+        return self.with_network(self._with_weights_of(module))
+
+    def with_network(self, network: Network) -> Subject:
+        """The subject made from ``network``, a changed copy of :attr:`network`; in the same flavour, exported anew.
+
+        Raises:
+            ExportError: see :func:`prepare_subject`.
+        """
+        summary = self.summary
+        return prepare_subject(
+            network, summary.input_spec, flavour=summary.flavour, class_names=summary.class_names, require_gpu=self.require_gpu
+        )
+
+    def export(self, module: nn.Module) -> onnx.ModelProto:
+        """:attr:`onnx_model` with the weights of ``module``, a :meth:`trainable_copy`."""
+        return export(self._with_weights_of(module), self.summary.input_spec).onnx_model
+
+    def _with_weights_of(self, module: nn.Module) -> Network:
+        return dataclasses.replace(self.network, program=_with_weights(self.network.program, module))
 
     def logits(self, images: ImageArray) -> FloatArray:
         """Class scores (N, classes) for images uint8 (N, height, width, channels), by ONNX Runtime."""
@@ -87,7 +133,23 @@ def prepare_subject(
         taps=exported.taps,
         batch_size=network.batch_size,
     )
-    return Subject(summary, exported.onnx_model, session, require_gpu, exported.module, exported.module_missing)
+    return Subject(summary, network, exported.onnx_model, session, require_gpu, exported.module, exported.module_missing)
+
+
+def _with_weights(program: fx.GraphModule | onnx.ModelProto, module: nn.Module) -> fx.GraphModule | onnx.ModelProto:
+    """A copy of ``program`` with the weights of ``module``, which was exported from it and trained since."""
+    inner = module.inner if isinstance(module, InBatches) else module
+    if isinstance(program, onnx.ModelProto):
+        assert isinstance(inner, OnnxModule)  # noqa: S101  (what the export makes of an ONNX model; for the type checker)
+        return inner.write_weights(program)
+    assert isinstance(inner, PixelModel)  # noqa: S101  (as above)
+    copied = copy.deepcopy(program)
+    trained = dict(inner.inner.named_parameters())
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if name in trained:  # what only the unused part of a graph reads is not in the exported module
+                parameter.copy_(trained[name])
+    return copied
 
 
 def check_parity(subject: Subject, images: ImageArray, tolerance: float = PARITY_TOLERANCE) -> tuple[TapParity, ...]:

@@ -1,4 +1,5 @@
-"""What people and machines read after an audit: ``report.json``, ``report.html``, a terminal summary, a Markdown block.
+"""What people and machines read after an audit: ``report.json``, ``report.html``, a terminal summary, a Markdown block,
+and suspect inputs as tables.
 
 Pure functions of :class:`audit_plugin.types.AuditReport`. Nothing here measures or decides; whatever came from the model or its
 registry entry is treated as hostile text.

@@ -21,38 +21,47 @@ from PIL import Image
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.report.summaries import Histogram
 from audit_plugin.report.wording import number
-from audit_plugin.types import ImageArray, Profile, Trigger
+from audit_plugin.types import FloatArray, ImageArray, Profile, Trigger
 
 WIDTH = 760.0
 MOST_BARS = 100
 LOGARITHMIC_RATIO = 20.0
 LARGEST_PICTURE = 384
+LARGEST_OVERLAY = 192
+FEW_SUSPECTS = 30
+"""Fewer suspect inputs than this are drawn as single marks: shares of so few would dwarf every other bar."""
 
 _LEFT, _RIGHT = 64.0, 16.0
 _BASE = "var(--figure-base,#6b83a8)"
 _ALERT = "var(--figure-alert,#b3261e)"
+_SUSPECT = "var(--figure-suspect,#8a5a00)"
 _GRID = "var(--figure-grid,#8884)"
 _PAPER = "var(--figure-paper,#fff)"
 _GREY = 0.5
+
+# Five stops of matplotlib's 'plasma', which grows lighter all the way, so that it also reads without colour vision.
+_HEAT = np.array([[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]], dtype=np.float64) / 255.0
+_MOST_HEAT = 0.8
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def picture_png(pixels: NDArray[np.generic], scale: int = 1) -> bytes:
+def picture_png(pixels: NDArray[np.generic], scale: int = 1, largest: int = LARGEST_PICTURE) -> bytes:
     """A PNG of one image, every pixel enlarged to ``scale`` x ``scale`` without smoothing.
 
     Args:
         pixels: floating point (channels, height, width) in [0, 1], or uint8 (height, width, channels); 1 or 3 channels.
         scale: whole number of at least 1.
+        largest: longer side in pixels beyond which the picture is shrunk.
     """
     if scale < 1:
         raise ValueError(f"Expected a scale of at least 1, got {scale}.")
     image = _to_bytes(pixels)
     enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
     picture = Image.fromarray(enlarged[:, :, 0] if enlarged.shape[2] == 1 else enlarged)
-    if max(enlarged.shape[:2]) > LARGEST_PICTURE:
-        picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.BOX)
+    if max(enlarged.shape[:2]) > largest:
+        picture.thumbnail((largest, largest), Image.Resampling.BOX)
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
     return stream.getvalue()
@@ -103,6 +112,24 @@ def mask_thumbnail(trigger: Trigger, side: int = 32) -> ImageArray:
     padded[: mask.shape[0], : mask.shape[1]] = mask
     blocks = padded.reshape(rows, block, columns, block).max(axis=(1, 3))
     return _to_bytes((blocks / (blocks.max(initial=0.0) or 1.0))[None])
+
+
+def attention_picture(image: ImageArray, attention: FloatArray) -> ImageArray:
+    """A heat map over the grey image, from the bare image at 0 to mostly heat at 1: uint8 (height, width, 3).
+
+    Args:
+        image: uint8 (height, width, channels).
+        attention: (height, width) in [0, 1]; what is not finite counts as 0.
+    """
+    if attention.shape != image.shape[:2]:
+        raise ValueError(f"Expected attention of shape {image.shape[:2]}, got {attention.shape}.")
+    values = np.nan_to_num(np.asarray(attention, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0.0, 1.0)
+    stops = np.linspace(0.0, 1.0, len(_HEAT))
+    heat = np.stack([np.interp(values, stops, _HEAT[:, channel]) for channel in range(3)], axis=2)
+    grey = _to_bytes(image).astype(np.float64).mean(axis=2, keepdims=True) / 255.0
+    weight = _MOST_HEAT * values[..., None]
+    blended: ImageArray = np.rint(255.0 * ((1.0 - weight) * grey + weight * heat)).astype(np.uint8)
+    return blended
 
 
 def trigger_png(trigger: Trigger) -> bytes:
@@ -396,13 +423,75 @@ def histogram_chart(
     return _svg(identifier, title, description, height, parts)
 
 
+def distribution_chart(histogram: Histogram, *, identifier: str, quantity: str, title: str, description: str) -> str:
+    """A small multiple: clean images as bars, stamped ones as a solid outline, suspects as a dashed one over one axis.
+
+    Fewer than ``FEW_SUSPECTS`` suspects are triangles on the axis, one a bin. The page explains the marks once for all.
+
+    Args:
+        quantity: (untrusted) label of the value axis.
+        description: what a reader who does not see the chart is told after its title.
+    """
+    width, height, left, right, top, bottom = 270.0, 168.0, 42.0, 8.0, 10.0, 126.0
+    groups = {"clean": histogram.clean, "stamped": histogram.stamped, "suspects": histogram.suspects}
+    totals = {kind: sum(counts) for kind, counts in groups.items()}
+    few = totals["suspects"] < FEW_SUSPECTS
+    shares = {kind: [count / (totals[kind] or 1) for count in counts] for kind, counts in groups.items()}
+    drawn = ["clean", "stamped"] if few else ["clean", "stamped", "suspects"]
+    up = Axis(0.0, 1.08 * (max((share for kind in drawn for share in shares[kind]), default=0.0) or 1.0), bottom, top)
+    across = Axis(histogram.edges[0], histogram.edges[-1], left, width - right)
+
+    parts = []
+    for tick in up.ticks(4):
+        y = up.position(tick)
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y:.2f}" y2="{y:.2f}" style="stroke:{_GRID}"/>'
+            f'<text x="{left - 5}" y="{y + 3.5:.2f}" font-size="10" text-anchor="end">{number(100 * tick)}</text>'
+        )
+    for tick in across.ticks(5):
+        x = across.position(tick)
+        anchor = "end" if x > width - right - 8 else "middle"
+        parts.append(
+            f'<line x1="{x:.2f}" x2="{x:.2f}" y1="{bottom}" y2="{bottom + 4}" style="stroke:currentColor"/>'
+            f'<text x="{x:.2f}" y="{bottom + 16}" font-size="10" text-anchor="{anchor}">{number(tick)}</text>'
+        )
+    for index, share in enumerate(shares["clean"]):
+        if share:
+            x, end = across.position(histogram.edges[index]), across.position(histogram.edges[index + 1])
+            y = up.position(share)
+            parts.append(
+                f'<rect class="bin clean" data-value="{share:.6g}" x="{x:.2f}" y="{y:.2f}" width="{end - x:.2f}" '
+                f'height="{bottom - y:.2f}" style="fill:{_BASE};fill-opacity:.75"/>'
+            )
+    if totals["stamped"]:
+        parts.append(_outline("stamped", shares["stamped"], histogram.edges, across, up, _ALERT, dashed=False))
+    if totals["suspects"] and not few:
+        parts.append(_outline("suspects", shares["suspects"], histogram.edges, across, up, _SUSPECT, dashed=True))
+    parts.append(f'<line x1="{left}" x2="{width - right}" y1="{bottom}" y2="{bottom}" style="stroke:currentColor"/>')
+    for index, count in enumerate(histogram.suspects if few else ()):
+        if count:
+            x = across.position((histogram.edges[index] + histogram.edges[index + 1]) / 2)
+            parts.append(
+                f'<polygon class="suspect" data-value="{count}" points="'
+                f'{_points([(x - 5, bottom + 1), (x + 5, bottom + 1), (x, bottom - 9)])}" stroke-width="1.5" '
+                f'style="fill:{_SUSPECT};stroke:{_PAPER}"><title>suspect inputs: {count}</title></polygon>'
+            )
+    middle = (top + bottom) / 2
+    parts.append(
+        f'<text x="9" y="{middle}" font-size="10.5" text-anchor="middle" transform="rotate(-90 9 {middle})">% of images</text>'
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" font-size="11.5" font-weight="600" text-anchor="middle">'
+        f"{_text(_label(quantity, 38))}</text>"
+    )
+    return _svg(identifier, title, description, height, parts, width)
+
+
 # ------------------------------------------------------------------------------------------------- parts of charts
 
 
-def _svg(identifier: str, title: str, description: str, height: float, parts: Sequence[str]) -> str:
+def _svg(identifier: str, title: str, description: str, height: float, parts: Sequence[str], width: float = WIDTH) -> str:
     name = _text(identifier)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {height:g}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img" '
         f'aria-labelledby="{name}-title {name}-description" style="fill:currentColor" '
         f'font-family="inherit" font-size="12"><title id="{name}-title">{_text(title)}</title>'
         f'<desc id="{name}-description">{_text(description)}</desc>{"".join(parts)}</svg>'
@@ -489,6 +578,22 @@ def _curve(kind: str, values: Sequence[float], across: Sequence[float], vertical
         )
         parts.append(f'{shape} style="fill:{colour}"><title>{number(value)} ({kind})</title></{shape[1:].split()[0]}>')
     return "".join(parts)
+
+
+def _outline(
+    kind: str, shares: Sequence[float], edges: Sequence[float], across: Axis, up: Axis, colour: str, *, dashed: bool
+) -> str:
+    """A histogram as one stepped line from axis to axis."""
+    corners = [(across.position(edges[0]), up.start)]
+    for index, share in enumerate(shares):
+        corners += [(across.position(edges[place]), up.position(share)) for place in (index, index + 1)]
+    corners.append((across.position(edges[-1]), up.start))
+    values = " ".join(f"{share:.6g}" for share in shares)
+    style = f"fill:none;stroke:{colour}" if dashed else f"fill:{colour};fill-opacity:.16;stroke:{colour}"
+    return (
+        f'<polyline class="outline {kind}" data-value="{values}" points="{_points(corners)}" stroke-width="1.6" '
+        f'stroke-linejoin="round" stroke-dasharray="{"4 2.5" if dashed else "none"}" style="{style}"/>'
+    )
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:

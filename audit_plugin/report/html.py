@@ -18,8 +18,13 @@ from markupsafe import Markup
 
 from audit_plugin.report import wording
 from audit_plugin.report.figures import (
+    FEW_SUSPECTS,
+    LARGEST_OVERLAY,
+    LARGEST_PICTURE,
+    attention_picture,
     bar_chart,
     data_uri,
+    distribution_chart,
     fitting_scale,
     histogram_chart,
     mask_picture,
@@ -30,15 +35,27 @@ from audit_plugin.report.figures import (
 )
 from audit_plugin.report.sanitise import clean_text, shorten
 from audit_plugin.report.schema import plain_json
-from audit_plugin.report.summaries import by_suspicion, families, headline_trigger, score_histogram, trigger_searches
+from audit_plugin.report.summaries import (
+    Moments,
+    by_suspicion,
+    distribution_histogram,
+    families,
+    headline_trigger,
+    moments,
+    score_histogram,
+    scorer_checks,
+    trigger_searches,
+)
 from audit_plugin.types import (
     AuditReport,
+    Distribution,
     FloatArray,
     ImageArray,
     InputScores,
     Measured,
     Rate,
     SuspectScore,
+    Threshold,
     Trigger,
     TriggerEvidence,
     TriggerFamily,
@@ -49,6 +66,8 @@ from audit_plugin.types import (
 MOST_PAIRS = 8
 MOST_ROWS = 12
 MOST_SUSPECTS = 200
+SUSPECTS_SHOWN = 20
+MOST_DISTRIBUTIONS = 12
 MOST_FILES = 400
 _LONGEST_TITLE = 1000
 _LONGEST_PRE = 20_000
@@ -65,6 +84,7 @@ def render(report: AuditReport) -> str:
             verdict=_verdict(report),
             trigger=_trigger(report),
             pairs=_pairs(report),
+            attention=_attention(report),
             searches=[_search(report, check, search, place) for place, (check, search) in enumerate(searches)],
             scorers=_scorers(report),
             gaps=wording.not_measured(report),
@@ -154,11 +174,11 @@ def _verdict(report: AuditReport) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ triggers and images
 
 
-def _picture(pixels: ImageArray | FloatArray, wanted: int = 160) -> dict[str, Any]:
+def _picture(pixels: ImageArray | FloatArray, wanted: int = 160, largest: int = LARGEST_PICTURE) -> dict[str, Any]:
     """An image's data address and its size in the page."""
     height, width = pixels.shape[:2] if pixels.dtype == np.uint8 else pixels.shape[1:]
     scale = fitting_scale(height, width, wanted)
-    return {"address": _trusted(data_uri(picture_png(pixels, scale))), "height": int(height), "width": int(width)}
+    return {"address": _trusted(data_uri(picture_png(pixels, scale, largest))), "height": int(height), "width": int(width)}
 
 
 def _trigger(report: AuditReport) -> dict[str, Any] | None:
@@ -220,6 +240,34 @@ def _pairs(report: AuditReport) -> list[dict[str, Any]]:
             "before": wording.class_name(report, before),
             "after": wording.class_name(report, after),
             "changed": before != after,
+            "hit": after == suspected and before != after,
+        }
+        for clean, stamped, before, after in list(rows)[:MOST_PAIRS]
+    ]
+
+
+def _attention(report: AuditReport) -> list[dict[str, Any]]:
+    """Grad-CAM over the example images, clean and stamped; empty where there are no maps or they are not of these images."""
+    examples = report.examples
+    if examples is None or examples.clean_attention is None or examples.stamped_attention is None:
+        return []
+    shape = examples.clean.shape[:3]
+    if not shape == examples.stamped.shape[:3] == examples.clean_attention.shape == examples.stamped_attention.shape:
+        return []
+    rows = zip(
+        zip(examples.clean, examples.clean_attention, strict=True),
+        zip(examples.stamped, examples.stamped_attention, strict=True),
+        examples.clean_predictions,
+        examples.stamped_predictions,
+        strict=True,
+    )
+    suspected = report.decision.suspected_class
+    return [
+        {
+            "clean": _picture(attention_picture(*clean), 112, LARGEST_OVERLAY),
+            "stamped": _picture(attention_picture(*stamped), 112, LARGEST_OVERLAY),
+            "before": wording.class_name(report, before),
+            "after": wording.class_name(report, after),
             "hit": after == suspected and before != after,
         }
         for clean, stamped, before, after in list(rows)[:MOST_PAIRS]
@@ -333,20 +381,73 @@ def _scorer(report: AuditReport, outcome: Measured, scores: InputScores, place: 
         "title": title,
         "check": outcome.check,
         "explanation": wording.check_explanation(outcome.check),
+        "auroc": None if scores.auroc is None else wording.auroc(scores.auroc),
+        "decides": _threshold(scores.thresholds[0]) if scores.thresholds else None,
+        "baselines": [
+            {
+                "name": baseline.name,
+                "auroc": None if baseline.auroc is None else wording.auroc(baseline.auroc),
+                "threshold": None if baseline.threshold is None else _threshold(baseline.threshold),
+            }
+            for baseline in scores.baselines
+        ],
+        "distributions": _distributions(scores.distributions, title, place),
         "seconds": wording.seconds(outcome.seconds),
         "charts": charts,
         "stamped_class": stamped_class,
-        "thresholds": [
-            {
-                "rule": threshold.rule,
-                "value": wording.number(threshold.value, 4),
-                "false_alarms": _rate(threshold.false_positive_rate),
-                "detected": _rate(threshold.detection_rate),
-            }
-            for threshold in scores.thresholds
-        ],
+        "thresholds": [_threshold(threshold) for threshold in scores.thresholds],
         "facts": [(str(name), _fact(value)) for name, value in scores.facts.items()],
     }
+
+
+def _threshold(threshold: Threshold) -> dict[str, Any]:
+    return {
+        "rule": threshold.rule,
+        "value": wording.number(threshold.value, 4),
+        "false_alarms": _rate(threshold.false_positive_rate),
+        "detected": _rate(threshold.detection_rate),
+    }
+
+
+def _distributions(distributions: Sequence[Distribution], title: str, place: int) -> dict[str, Any] | None:
+    """Small multiples with one legend; what has no finite value is left out, what is too many is counted."""
+    histograms = [(item, distribution_histogram(item)) for item in distributions[:MOST_DISTRIBUTIONS]]
+    charts = [
+        distribution_chart(
+            histogram,
+            identifier=f"distribution-{place}-{index}",
+            quantity=item.quantity,
+            title=f"{title}: {item.quantity}",
+            description=" ".join(
+                _moments_words(name, moments(values))
+                for name, values in (
+                    ("Clean images", item.clean),
+                    ("Stamped images", item.stamped),
+                    ("Suspect inputs", item.suspects),
+                )
+            ),
+        )
+        for index, (item, histogram) in enumerate(histograms)
+        if histogram is not None
+    ]
+    if not charts:
+        return None
+    first = distributions[0]
+    return {
+        "charts": [_trusted(chart) for chart in charts],
+        "clean": f"{first.clean.size:,}",
+        "stamped": f"{first.stamped.size:,}" if first.stamped.size else None,
+        "suspects": f"{first.suspects.size:,}" if first.suspects.size else None,
+        "few": np.isfinite(first.suspects).sum() < FEW_SUSPECTS,
+        "hidden": max(0, len(distributions) - MOST_DISTRIBUTIONS),
+    }
+
+
+def _moments_words(name: str, values: Moments) -> str:
+    if values.count == 0:
+        return f"{name}: none."
+    mean, deviation = wording.number(values.mean), wording.number(values.standard_deviation)
+    return f"{name}: {values.count}, mean {mean}, standard deviation {deviation}."
 
 
 def _fact(value: object) -> str:
@@ -373,11 +474,13 @@ def _clean_set(report: AuditReport) -> dict[str, Any]:
 def _suspects(report: AuditReport) -> dict[str, Any] | None:
     if not report.suspects:
         return None
-    checks = sorted({check for suspect in report.suspects for check in (*suspect.scores, *suspect.flagged)})
+    checks = scorer_checks(report)
     ranked = sorted(report.suspects, key=lambda suspect: -sum(suspect.flagged.values()))
+    rows = [_suspect(report, suspect, checks) for suspect in ranked[:MOST_SUSPECTS]]
     return {
         "checks": [wording.check_title(check) for check in checks],
-        "rows": [_suspect(report, suspect, checks) for suspect in ranked[:MOST_SUSPECTS]],
+        "rows": rows[:SUSPECTS_SHOWN],
+        "more": rows[SUSPECTS_SHOWN:],
         "count": len(report.suspects),
         "flagged": sum(any(suspect.flagged.values()) for suspect in report.suspects),
         "hidden": max(0, len(ranked) - MOST_SUSPECTS),

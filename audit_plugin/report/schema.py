@@ -1,8 +1,8 @@
 """``report.json``: the audit as plain JSON, described by ``report.schema.json`` (JSON Schema, draft 2020-12).
 
-Arrays are summarised (quantiles and a histogram for scores, a picture for triggers). JSON has no NaN: what is not finite becomes
-``null``. The schema itself says that a ``pass`` has at least one outcome and no failed one, so that no consumer is shown the
-contrary.
+Arrays are summarised (quantiles and a histogram for scores, a picture for triggers); attention maps are in the page only. JSON
+has no NaN: what is not finite becomes ``null``. The schema itself says that a ``pass`` has at least one outcome and no failed
+one, so that no consumer is shown the contrary.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import numpy as np
 
 from audit_plugin.errors import UsageError
 from audit_plugin.report.sanitise import clean_text
-from audit_plugin.report.summaries import quantiles, score_histogram, trigger_pictures
+from audit_plugin.report.summaries import Moments, distribution_histogram, moments, quantiles, score_histogram, trigger_pictures
 from audit_plugin.types import (
     AuditReport,
+    Baseline,
     CleanSetSummary,
+    Distribution,
     Failed,
     FloatArray,
     Inapplicable,
@@ -319,18 +321,56 @@ def _input_scores(scores: InputScores, names: Sequence[str]) -> dict[str, Any]:
     return {
         "kind": "input_scores",
         "stamped_class": _class(names, scores.stamped_class),
-        "clean": _distribution(scores.clean),
-        "stamped": _distribution(scores.stamped),
+        "auroc": None if scores.auroc is None else _number(scores.auroc),
+        "clean": _score_quantiles(scores.clean),
+        "stamped": _score_quantiles(scores.stamped),
         "histogram": None
         if histogram is None
         else {"edges": list(histogram.edges), "clean": list(histogram.clean), "stamped": list(histogram.stamped)},
         "thresholds": [_threshold(threshold) for threshold in scores.thresholds],
+        "baselines": [_baseline(baseline) for baseline in scores.baselines],
         "profile": None if scores.profile is None else _profile(scores.profile, names),
+        "distributions": [_distribution(distribution) for distribution in scores.distributions],
         "facts": plain_json(scores.facts),
     }
 
 
-def _distribution(scores: FloatArray) -> dict[str, Any]:
+def _baseline(baseline: Baseline) -> dict[str, Any]:
+    return {
+        "name": baseline.name,
+        "auroc": None if baseline.auroc is None else _number(baseline.auroc),
+        "threshold": None if baseline.threshold is None else _threshold(baseline.threshold),
+    }
+
+
+def _distribution(distribution: Distribution) -> dict[str, Any]:
+    histogram = distribution_histogram(distribution)
+    return {
+        "quantity": distribution.quantity,
+        "clean": _moments(moments(distribution.clean)),
+        "stamped": _moments(moments(distribution.stamped)),
+        "suspects": _moments(moments(distribution.suspects)),
+        "histogram": None
+        if histogram is None
+        else {
+            "edges": list(histogram.edges),
+            "clean": list(histogram.clean),
+            "stamped": list(histogram.stamped),
+            "suspects": list(histogram.suspects),
+        },
+    }
+
+
+def _moments(values: Moments) -> dict[str, Any]:
+    return {
+        "count": values.count,
+        "not_finite": values.not_finite,
+        "mean": values.mean,
+        "standard_deviation": values.standard_deviation,
+    }
+
+
+def _score_quantiles(scores: FloatArray) -> dict[str, Any]:
     finite = int(np.isfinite(scores).sum())
     return {"count": int(scores.size), "not_finite": int(scores.size) - finite, "quantiles": quantiles(scores)}
 

@@ -9,19 +9,41 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from audit_plugin.types import AuditReport, FloatArray, InputScores, Measured, TriggerEvidence, TriggerFamily, TriggerSearch
+from audit_plugin.types import (
+    AuditReport,
+    Distribution,
+    FloatArray,
+    InputScores,
+    Measured,
+    TriggerEvidence,
+    TriggerFamily,
+    TriggerSearch,
+)
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 HISTOGRAM_BINS = 40
+DISTRIBUTION_BINS = 30
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of clean and stamped scores over the same ``edges`` (bins + 1); what lies outside is counted in the end bins."""
+    """Counts of clean, stamped and suspect images over the same ``edges`` (bins + 1); what lies outside is counted in the end
+    bins. ``suspects`` is empty where they were not counted."""
 
     edges: tuple[float, ...]
     clean: tuple[int, ...]
     stamped: tuple[int, ...]
+    suspects: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation (of these images, not of a population behind them) of the finite values; None without one."""
+
+    count: int
+    not_finite: int
+    mean: float | None
+    standard_deviation: float | None
 
 
 def quantiles(scores: FloatArray) -> dict[str, float] | None:
@@ -39,25 +61,64 @@ def score_histogram(scores: InputScores, bins: int = HISTOGRAM_BINS) -> Histogra
     The range covers the inner 99 % of each group: one enormous ratio must not squeeze everything else into a single bin.
     Thresholds that lie near this range are drawn into it.
     """
-    groups = [group for group in (_finite(scores.clean), _finite(scores.stamped)) if group.size]
-    if not groups:
+    limits = _inner_range(scores.clean, scores.stamped)
+    if limits is None:
         return None
-    low = min(float(np.quantile(group, 0.005)) for group in groups)
-    high = max(float(np.quantile(group, 0.995)) for group in groups)
+    low, high = limits
     span = high - low
     for threshold in scores.thresholds:
         if math.isfinite(threshold.value) and low - span <= threshold.value <= high + span:
             margin = 0.03 * span
             low, high = min(low, threshold.value - margin), max(high, threshold.value + margin)
-    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
-        margin = max(abs(low), 1.0) * 0.5
-        low, high = low - margin, high + margin
-    edges = np.linspace(low, high, bins + 1)
+    edges = _edges(low, high, bins)
     return Histogram(
         edges=tuple(float(edge) for edge in edges),
         clean=_counts(scores.clean, edges),
         stamped=_counts(scores.stamped, edges),
     )
+
+
+def distribution_histogram(distribution: Distribution, bins: int = DISTRIBUTION_BINS) -> Histogram | None:
+    """Clean, stamped and suspect values over shared bins, or None when there is no finite value.
+
+    The range covers the inner 99 % of the clean and of the stamped images. Suspects, which anyone may have sent, widen it by
+    at most its own width on either side.
+    """
+    limits = _inner_range(distribution.clean, distribution.stamped)
+    suspects = _inner_range(distribution.suspects)
+    if limits is None and suspects is None:
+        return None
+    if limits is None or suspects is None:
+        low, high = limits or suspects or (0.0, 0.0)
+    else:
+        span = limits[1] - limits[0]
+        low = min(limits[0], max(suspects[0], limits[0] - span))
+        high = max(limits[1], min(suspects[1], limits[1] + span))
+    edges = _edges(low, high, bins)
+    return Histogram(
+        edges=tuple(float(edge) for edge in edges),
+        clean=_counts(distribution.clean, edges),
+        stamped=_counts(distribution.stamped, edges),
+        suspects=_counts(distribution.suspects, edges),
+    )
+
+
+def moments(values: FloatArray) -> Moments:
+    """Count, mean and standard deviation; what is not finite is counted and left out."""
+    finite = _finite(values)
+    mean, deviation = (float(finite.mean()), float(finite.std())) if finite.size else (None, None)
+    return Moments(int(values.size), int(values.size) - int(finite.size), mean, deviation)
+
+
+def scorer_checks(report: AuditReport) -> tuple[str, ...]:
+    """Every check that scores inputs: the measured ones in the order of the outcomes, then whatever else scored a suspect."""
+    measured = [
+        outcome.check
+        for outcome in report.outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores)
+    ]
+    others = [check for suspect in report.suspects for check in (*suspect.scores, *suspect.flagged)]
+    return tuple(dict.fromkeys((*measured, *sorted(others))))
 
 
 def trigger_searches(report: AuditReport) -> tuple[tuple[str, TriggerSearch], ...]:
@@ -126,6 +187,23 @@ def _finite(scores: FloatArray) -> NDArray[np.float64]:
     values = np.asarray(scores, dtype=np.float64).ravel()
     finite: NDArray[np.float64] = values[np.isfinite(values)]
     return finite
+
+
+def _inner_range(*groups: FloatArray) -> tuple[float, float] | None:
+    """What covers the inner 99 % of every group, or None when no group has a finite value."""
+    finite = [values for values in map(_finite, groups) if values.size]
+    if not finite:
+        return None
+    low = min(float(np.quantile(values, 0.005)) for values in finite)
+    return low, max(float(np.quantile(values, 0.995)) for values in finite)
+
+
+def _edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
+        margin = max(abs(low), 1.0) * 0.5
+        low, high = low - margin, high + margin
+    edges: NDArray[np.float64] = np.linspace(low, high, bins + 1)
+    return edges
 
 
 def _counts(scores: FloatArray, edges: NDArray[np.float64]) -> tuple[int, ...]:

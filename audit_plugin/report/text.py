@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from audit_plugin.report.sanitise import clean_text, escape_markdown, markdown_code, shorten
 from audit_plugin.report.summaries import headline_trigger
 from audit_plugin.report.wording import (
+    auroc,
     candidate_label,
     check_title,
     class_label,
@@ -31,6 +32,7 @@ LONGEST_COMMAND = 1000
 MARKDOWN_LIMIT = 1500
 _MOST_REASONS = 5
 _MOST_SCORERS = 5
+_MOST_BASELINES = 3
 _MOST_GAPS = 6
 _SAFE_LINK = re.compile(r"(?:https?://|/(?!/)|#)[A-Za-z0-9._:/?#@!$&+,;=%-]*")
 
@@ -50,11 +52,12 @@ def render_text(report: AuditReport) -> str:
         lines.append(_row(name, _trigger_words(report, trigger)))
     lines += _listed("because", [clean_text(reason.message, LINE_WIDTH) for reason in decision.reasons], _MOST_REASONS)
     scorers = [
-        f"{check_title(outcome.check)}: {_scorer_words(outcome.measurement)}"
-        for outcome in report.outcomes
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores)
+        f"{check_title(check)}: {_scorer_words(scores)}{_baseline_words(scores)}" for check, scores in _input_scores(report)
     ]
     lines += _listed("input checks", scorers, _MOST_SCORERS)
+    if report.suspects:
+        flagged = sum(any(suspect.flagged.values()) for suspect in report.suspects)
+        lines.append(_row("suspect inputs", f"{flagged} of {len(report.suspects)} flagged by at least one check"))
     gaps = [f"{clean_text(gap.check, 60)} ({gap.status}): {clean_text(gap.why, 120)}" for gap in not_measured(report)]
     if not report.outcomes:
         gaps.insert(0, "no check ran")
@@ -100,12 +103,16 @@ def render_markdown_block(report: AuditReport, link: str | None = None) -> str:
         f"**clean accuracy** {_rate_words(report.clean_set.clean_accuracy, 'images')}"
     )
     reasons = [f"- {escape_markdown(reason.message, 200)}" for reason in decision.reasons[:3]]
+    scorers = [
+        f"- **{escape_markdown(check_title(check), 60)}:** {escape_markdown(_scorer_words(scores), 120)}"
+        for check, scores in _input_scores(report)[:_MOST_SCORERS]
+    ]
 
     def assembled(body: Sequence[str]) -> str:
         return "\n".join([heading, "", _sentence(report), "", *body, *closing]) + "\n"
 
-    # Escapes can double a hostile string's length: reasons go first, then the last lines, the verdict never.
-    body = [*lines, *reasons]
+    # Escapes can double a hostile string's length: checks on inputs go first, then reasons and lines, the verdict never.
+    body = [*lines, *reasons, *scorers]
     while len(assembled(body)) > MARKDOWN_LIMIT and body:
         body.pop()
     return assembled(body)
@@ -136,9 +143,27 @@ def _trigger_words(report: AuditReport, evidence: TriggerEvidence) -> str:
     )
 
 
+def _input_scores(report: AuditReport) -> list[tuple[str, InputScores]]:
+    return [
+        (outcome.check, outcome.measurement)
+        for outcome in report.outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores)
+    ]
+
+
 def _scorer_words(scores: InputScores) -> str:
+    area = [] if scores.auroc is None else [f"AUROC {auroc(scores.auroc)}"]
     if not scores.thresholds:
-        return "no threshold"
+        return ", ".join([*area, "no threshold"])
     first = scores.thresholds[0]
     found = "no trigger to detect" if first.detection_rate is None else f"detects {percent(first.detection_rate.value)}"
-    return f"{found}, false alarms {percent(first.false_positive_rate.value)} ({clean_text(first.rule, 60)})"
+    return ", ".join([*area, found, f"false alarms {percent(first.false_positive_rate.value)} ({clean_text(first.rule, 60)})"])
+
+
+def _baseline_words(scores: InputScores) -> str:
+    """'; AUROC of baselines: l1 norm 0.913, l2 norm 0.871'; nothing where none was measured."""
+    measured = [baseline for baseline in scores.baselines if baseline.auroc is not None]
+    shown = [f"{clean_text(baseline.name, 30)} {auroc(baseline.auroc)}" for baseline in measured[:_MOST_BASELINES]]
+    if len(measured) > _MOST_BASELINES:
+        shown.append(f"{len(measured) - _MOST_BASELINES} more")
+    return f"; AUROC of baselines: {', '.join(shown)}" if shown else ""

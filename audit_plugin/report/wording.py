@@ -143,6 +143,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else NOT_AVAILABLE
 
 
+def auroc(value: float | None) -> str:
+    """An area under the ROC curve with three decimals; 'n/a' without stamped images."""
+    return NOT_AVAILABLE if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
 def interval(rate: Rate) -> str:
     """The 95 % interval as '95.2 to 98.7 %', or 'no interval'."""
     if rate.trials <= 0 or not (math.isfinite(rate.low) and math.isfinite(rate.high)):

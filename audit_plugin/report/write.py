@@ -14,6 +14,7 @@ from audit_plugin.report.html import render
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.report.schema import dumps, to_document, validate
 from audit_plugin.report.summaries import trigger_pictures
+from audit_plugin.report.tables import suspects_csv, suspects_parquet
 from audit_plugin.report.text import render_text
 from audit_plugin.types import AuditReport, ReportFormat
 
@@ -21,7 +22,15 @@ FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 
 
 def write_report(report: AuditReport, folder: Path, formats: Collection[ReportFormat] = ("json", "html")) -> tuple[Path, ...]:
-    """Write ``report.json`` (with ``triggers/class_<i>.png`` beside it), ``report.html`` and ``report.txt`` into ``folder``.
+    """Write the report into ``folder``: what each format is called there is in the table below.
+
+    ============  ==================================================================
+    ``json``      ``report.json``, with ``triggers/class_<i>.png`` beside it
+    ``html``      ``report.html``
+    ``text``      ``report.txt``
+    ``csv``       ``suspects.csv``: suspect inputs alone; without any, column names
+    ``parquet``   ``suspects.parquet``: the same
+    ============  ==================================================================
 
     Everything is drawn and validated before the first byte is written, and each file appears under its name only when it is
     complete; ``report.json`` comes after the pictures that it names. The folder is made if need be; files of an earlier
@@ -42,6 +51,10 @@ def write_report(report: AuditReport, folder: Path, formats: Collection[ReportFo
         contents["report.html"] = render(report).encode("utf-8")
     if "text" in formats:
         contents["report.txt"] = render_text(report).encode("utf-8")
+    if "csv" in formats:
+        contents["suspects.csv"] = suspects_csv(report)
+    if "parquet" in formats:
+        contents["suspects.parquet"] = suspects_parquet(report)
     return tuple(_write_whole(folder / name, content) for name, content in contents.items())
 
 

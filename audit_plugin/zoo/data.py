@@ -1,7 +1,9 @@
-"""Images for the zoo. scikit-learn's handwritten digits are real images that come with a package, so they are always there."""
+"""Images for the zoo. scikit-learn's handwritten digits are real images that come with a package, so they are always there;
+CIFAR-10 comes from torchvision or from files of one's own."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,3 +30,27 @@ def digits(*, seed: int, size: int = 16, train_fraction: float = 0.6) -> TrainAn
     cut = round(train_fraction * len(labels))
     first, second = order[:cut], order[cut:]
     return TrainAndTest(LabelledImages(images[first], labels[first]), LabelledImages(images[second], labels[second]))
+
+
+def cifar10(folder: Path) -> TrainAndTest:
+    """CIFAR-10, uint8 (N, 32, 32, 3), 10 classes.
+
+    Reads ``cifar10_train*.npz`` and ``cifar10_test.npz`` (``images``, ``labels``) where ``folder`` holds them; otherwise
+    torchvision downloads the data set into ``folder``.
+    """
+    parts = sorted(folder.glob("cifar10_train*.npz"))
+    if parts:
+        return TrainAndTest(_stored(*parts), _stored(folder / "cifar10_test.npz"))
+    from torchvision.datasets import CIFAR10
+
+    train, test = (CIFAR10(folder, train=train, download=True) for train in (True, False))
+    return TrainAndTest(*(LabelledImages(part.data, np.asarray(part.targets, dtype=np.int64)) for part in (train, test)))
+
+
+def _stored(*files: Path) -> LabelledImages:
+    images, labels = [], []
+    for file in files:
+        with np.load(file) as stored:
+            images.append(stored["images"])
+            labels.append(stored["labels"])
+    return LabelledImages(np.concatenate(images), np.concatenate(labels).astype(np.int64))

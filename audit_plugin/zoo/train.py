@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model.fine_tuning import fast_precision
 from audit_plugin.types import LabelledImages
+
+_SHIFT = 4
 
 
 def train(
@@ -21,6 +23,7 @@ def train(
     seed: int,
     learning_rate: float = 0.01,
     batch: int = 64,
+    augment: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
     """Train in place with Adam and a one-cycle schedule; returns the model in evaluation mode.
@@ -28,7 +31,8 @@ def train(
     Args:
         model: pixels in [0, 1] -> logits; initialise it under a seed of your own.
         data: uint8 images with labels.
-        seed: of the order of the images.
+        seed: of the order of the images and of the augmentation.
+        augment: mirror half of the images and shift each by up to four pixels (natural images only).
         progress: called with the share of the work done.
     """
     pixels, labels = torch.from_numpy(to_pixels(data.images)), torch.from_numpy(data.labels)
@@ -40,8 +44,9 @@ def train(
     for epoch in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
         for rows in order.split(batch):
-            with _fast_precision():
-                logits = model(pixels[rows].contiguous(memory_format=torch.channels_last))
+            drawn = _augmented(pixels[rows], generator) if augment else pixels[rows]
+            with fast_precision(pixels.device):
+                logits = model(drawn.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -52,13 +57,20 @@ def train(
     return model.eval()
 
 
+def _augmented(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored with probability one half and shifted by up to four pixels either way, zeros moving in."""
+    count, _, height, width = pixels.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+    padded = functional.pad(pixels, (_SHIFT, _SHIFT, _SHIFT, _SHIFT))
+    down, right = torch.randint(2 * _SHIFT + 1, (2, count), generator=generator)
+    lines = (down[:, None] + torch.arange(height))[:, :, None]
+    columns = (right[:, None] + torch.arange(width))[:, None, :]
+    return padded[torch.arange(count)[:, None, None], :, lines, columns].permute(0, 3, 1, 2)
+
+
 def initialised(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """A model built under a seed, without touching the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
-
-
-def _fast_precision() -> contextlib.AbstractContextManager[object]:
-    """bfloat16 for training where the CPU multiplies in it; never for a reported score."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from audit_plugin.checks import INPUT_SCORERS, PROBES, FittedScorer
+from audit_plugin.checks import INPUT_SCORERS, PROBES, FittedScorer, InputScorer
 from audit_plugin.types import FitSplit, Trigger
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.data import digits
@@ -41,37 +43,47 @@ def test_every_input_scorer_has_a_reference(scorer):
     assert (ROOT / "tests" / "reference" / f"test_{scorer.name}.py").is_file()
 
 
+@pytest.fixture(scope="module")
+def fitted(digit_subject) -> Callable[[type[InputScorer]], FittedScorer]:
+    """Each scorer fitted once, since some take seconds; fails if that changes the model."""
+    subject, split, images = digit_subject
+
+    @functools.cache
+    def fit(scorer: type[InputScorer]) -> FittedScorer:
+        before = subject.onnx_model.SerializeToString(), subject.logits(images)
+        found = fit_once(scorer, digit_subject)
+        found.score(images)
+        assert subject.onnx_model.SerializeToString() == before[0], "fitting changed the model"
+        np.testing.assert_array_equal(subject.logits(images), before[1])
+        return found
+
+    return fit
+
+
+def fit_once(scorer: type[InputScorer], digit_subject) -> FittedScorer:
+    subject, split, _ = digit_subject
+    return scorer().fit(subject, split, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("scorer", INPUT_SCORERS, ids=lambda check: check.name)
 class TestInputScorers:
-    def fitted(self, scorer, digit_subject) -> FittedScorer:
-        subject, split, _ = digit_subject
-        return scorer().fit(subject, split, np.random.default_rng(0))
-
-    def test_one_finite_score_an_image(self, scorer, digit_subject):
-        scores = self.fitted(scorer, digit_subject).score(digit_subject[2])
+    def test_one_finite_score_an_image_and_the_model_is_left_as_it_was(self, scorer, fitted, digit_subject):
+        scores = fitted(scorer).score(digit_subject[2])
         assert scores.shape == (100,)
         assert scores.dtype == np.float32
         assert np.isfinite(scores).all()
         assert scores.std() > 0
 
-    def test_no_images_no_scores(self, scorer, digit_subject):
-        assert self.fitted(scorer, digit_subject).score(digit_subject[2][:0]).shape == (0,)
+    def test_no_images_no_scores(self, scorer, fitted, digit_subject):
+        assert fitted(scorer).score(digit_subject[2][:0]).shape == (0,)
 
-    def test_two_fits_with_one_seed_agree(self, scorer, digit_subject):
-        first, second = (self.fitted(scorer, digit_subject).score(digit_subject[2]) for _ in range(2))
+    def test_two_fits_with_one_seed_agree(self, scorer, fitted, digit_subject):
+        first, second = (found.score(digit_subject[2]) for found in (fitted(scorer), fit_once(scorer, digit_subject)))
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
-    def test_nonsense_is_more_suspicious_than_digits(self, scorer, digit_subject):
+    def test_nonsense_is_more_suspicious_than_digits(self, scorer, fitted, digit_subject):
         noise = np.random.default_rng(3).integers(0, 256, digit_subject[2].shape).astype(np.uint8)
-        fitted = self.fitted(scorer, digit_subject)
-        assert np.median(fitted.score(noise)) > np.median(fitted.score(digit_subject[2]))
-
-    def test_the_model_is_left_as_it_was(self, scorer, digit_subject):
-        subject, _, images = digit_subject
-        before = subject.onnx_model.SerializeToString(), subject.logits(images)
-        self.fitted(scorer, digit_subject).score(images)
-        assert subject.onnx_model.SerializeToString() == before[0]
-        np.testing.assert_array_equal(subject.logits(images), before[1])
+        assert np.median(fitted(scorer).score(noise)) > np.median(fitted(scorer).score(digit_subject[2]))
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda check: check.name)

@@ -92,7 +92,8 @@ def test_exit_codes_and_formats_are_those_of_the_command_line() -> None:
     rows = dict(re.findall(r"^\| (\d) \| (\w+)", README, re.MULTILINE))
     codes = {str(code): str(verdict) for verdict, code in EXIT_CODES.items()}
     assert rows == {**codes, str(EXIT_ERROR): "error", str(EXIT_USAGE): "usage"}
-    assert tuple(re.findall(r"^\| `(text|json|html)`", README, re.MULTILINE)) == FORMATS
+    cells = re.findall(r"^\| ((?:`[a-z]+`(?:, )?)+)(?: \(default\))? \| (?:standard output|needs? `-o`)", README, re.MULTILINE)
+    assert tuple(name for cell in cells for name in re.findall(r"`([a-z]+)`", cell)) == FORMATS
 
 
 def test_the_blind_spots_are_in_the_readme() -> None:

@@ -23,6 +23,12 @@ def test_values_arrive(tmp_path):
     assert policy.verdict == Policy().verdict
 
 
+def test_a_list_without_an_empty_default_is_read_too():
+    assert policy_from({"scoring": {"checks": ["layerwise"]}}).scoring.checks == ("layerwise",)
+    with pytest.raises(UsageError, match=r"\[scoring\] checks in the policy must be a list, got 'layerwise'"):
+        policy_from({"scoring": {"checks": "layerwise"}})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -38,7 +44,15 @@ def test_values_arrive(tmp_path):
         ({"clean_set": {"fit_fraction": 0.9, "calibrate_fraction": 0.1}}, "leave a test split"),
         ({"verdict": {"clear_outlier": 4.0}}, "clear_outlier must not exceed"),
         ({"model": {"std": [0.0]}}, "std must be positive"),
+        ({"model": {"clean_accuracy": 97.5}}, r"clean_accuracy must lie in \[0, 1\]"),
+        ({"model": {"clean_accuracy": -0.1}}, r"clean_accuracy must lie in \[0, 1\]"),
+        ({"layerwise": {"tau": float("inf")}}, r"\[layerwise\] tau in the policy must be a finite number, got inf"),
+        ({"verdict": {"minimum_outlier": float("nan")}}, "must be a finite number, got nan"),
+        ({"model": {"mean": [0.5, float("-inf")]}}, r"\[model\] mean in the policy must be a finite number, got -inf"),
+        ({"layerwise": {"tau": 10**400}}, "must be a finite number"),
         ({"model": {"layout": "HWC"}}, "layout must be 'NCHW' or 'NHWC'"),
+        ({"bad_expert": {"auxiliary_epochs": 4}}, "auxiliary_epochs must be at least 5"),
+        ({"repair": {"accuracy_budget": 1.0}}, r"\[repair\] accuracy_budget must lie in \[0, 1\)"),
     ],
 )
 def test_mistakes_are_named(content, message):

@@ -49,10 +49,10 @@ def pair(outlier: float, success: int = 29) -> Measured:
     return Measured("source_specific", found, 1.0)
 
 
-def layerwise(detected: int = 90, false_positives: int = 3) -> Measured:
+def layerwise(detected: int = 90, false_positives: int = 3, name: str = "layerwise") -> Measured:
     threshold = Threshold("tau = 2.5", 2.5, rate(false_positives, 100), rate(detected, 100))
     empty = np.zeros(0, dtype=np.float32)
-    return Measured("layerwise", InputScores(empty, empty, 3, (threshold,)), 1.0)
+    return Measured(name, InputScores(empty, empty, 3, (threshold,)), 1.0)
 
 
 def verdict(*outcomes, expectations=GOOD, names=NAMES):
@@ -69,6 +69,25 @@ def test_a_small_confirmed_trigger_fails_and_names_its_class():
     assert codes(decision) == ["class-stands-out", "trigger-size", "confirmed"]
     assert "'d'" in decision.reasons[0].message
     assert "5.0 pixels" in decision.reasons[1].message
+
+
+@pytest.mark.parametrize(
+    ("detected", "expected"),
+    [((90, 90, 90, 90), Verdict.FAIL), ((90, 90, 2, 2), Verdict.FAIL), ((90, 2, 2, 2), Verdict.INCONCLUSIVE)],
+)
+def test_of_several_independent_checks_two_must_see_the_trigger(detected, expected):
+    scorers = [layerwise(share, name=name) for share, name in zip(detected, ("layerwise", "a", "b", "c"), strict=True)]
+    decision = verdict(search(5), *scorers)
+    assert decision.verdict is expected
+    assert decision.suspected_class == 3
+    if expected is Verdict.INCONCLUSIVE:
+        assert "1 of 4 independent checks" in decision.reasons[0].message
+
+
+def test_a_check_that_did_not_measure_confirms_nothing():
+    decision = verdict(search(5), layerwise(), Inapplicable("bad_expert", "too few images"))
+    assert decision.verdict is Verdict.FAIL  # the one that measured sees it
+    assert verdict(search(5), Inapplicable("layerwise", "no blocks")).verdict is Verdict.INCONCLUSIVE
 
 
 def test_equal_classes_pass_and_blind_spots_are_said():

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
-from audit_plugin.maths.rates import quantile_threshold, rate, rate_of
+from audit_plugin.maths.rates import auroc, quantile_threshold, rate, rate_of
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -56,3 +57,33 @@ def test_quantile_threshold_refuses_what_it_cannot_promise():
 def test_quantile_threshold_refuses_impossible_rates(impossible):
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         quantile_threshold(np.zeros(100, dtype=np.float32), impossible)
+
+
+scores = st.lists(st.integers(-3, 3), min_size=1, max_size=40)  # few values, many ties
+
+
+@given(scores, scores)
+def test_auroc_is_that_of_scikit_learn_ties_included(clean, attacked):
+    negatives, positives = np.array(clean, np.float32), np.array(attacked, np.float32)
+    truth = np.repeat([0, 1], [len(clean), len(attacked)])
+    assert auroc(negatives, positives) == pytest.approx(roc_auc_score(truth, np.concatenate([negatives, positives])), abs=1e-12)
+    assert auroc(negatives, positives) + auroc(positives, negatives) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_auroc_depends_on_the_order_alone():
+    rng = np.random.default_rng(0)
+    negatives, positives = rng.normal(size=300).astype(np.float32), rng.normal(1.0, size=200).astype(np.float32)
+    expected = auroc(negatives, positives)
+    assert auroc(np.exp(negatives), np.exp(positives)) == pytest.approx(expected, abs=1e-12)
+    assert auroc(negatives[::-1], positives) == expected
+
+
+def test_auroc_of_what_is_apart_and_of_what_is_alike():
+    ones, zeros = np.ones(5, np.float32), np.zeros(3, np.float32)
+    assert (auroc(zeros, ones), auroc(ones, zeros), auroc(ones, ones)) == (1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(("negatives", "positives"), [(0, 2), (2, 0), (0, 0)])
+def test_auroc_needs_scores_of_both_kinds(negatives, positives):
+    with pytest.raises(ValueError, match=f"scores of both kinds, got {negatives} and {positives}"):
+        auroc(np.zeros(negatives, np.float32), np.zeros(positives, np.float32))

@@ -307,6 +307,77 @@ def test_damaged_program_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+# ---------------------------------------------------------------------------------------------------- training mode
+
+
+class Otherwise(nn.Module):
+    """Puts one more layer before the classifier of :class:`Tiny`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.inner.body[1] = nn.Identity()
+        self.layer = layer
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.layer(images))
+
+
+class Frozen(nn.Module):
+    """Runs what it holds without gradients, which the exporter puts into a graph of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            answer = self.inner(images)
+        return answer * 2
+
+
+def load_in_training_mode(module: nn.Module, folder: Path, *, rewritten: bool = False) -> Network:
+    program = torch.export.export(module.train(), (torch.rand(4, 3, SIZE, SIZE),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program.run_decompositions({}) if rewritten else program, folder / "model.pt2")
+    return load_network(folder / "model.pt2", inspect(folder))
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["as exported", "rewritten"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        Tiny(),
+        Otherwise(nn.BatchNorm2d(3)),
+        Otherwise(nn.Dropout(0.3)),
+        Otherwise(nn.RReLU()),
+    ],
+    ids=["network", "batch norm", "dropout", "rrelu"],
+)
+def test_program_exported_in_training_mode_says_so(module: nn.Module, tmp_path: Path, rewritten: bool) -> None:
+    with pytest.raises(SubjectError, match=r"exported in training mode.*model\.eval\(\) before logging it again"):
+        load_in_training_mode(module, tmp_path, rewritten=rewritten)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout2d(0.3), nn.AlphaDropout(0.3), nn.FeatureAlphaDropout(0.3)])
+def test_dropout_of_every_kind_is_recognised(layer: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(SubjectError, match="exported in training mode"):
+        load_in_training_mode(Otherwise(layer), tmp_path)
+
+
+def test_training_mode_in_an_inner_graph_is_recognised(tmp_path: Path) -> None:
+    with pytest.raises(SubjectError, match="exported in training mode"):
+        load_in_training_mode(Frozen(Tiny()), tmp_path)
+
+
+def test_dropout_of_nothing_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    assert load_in_training_mode(Otherwise(nn.Dropout(0.0)), tmp_path).class_count == 5
+
+
+def test_batch_statistics_of_a_model_in_evaluation_are_no_reason_to_refuse(load: Load) -> None:
+    # Such a model is refused later where it must be; it was not exported in the wrong mode.
+    assert load(Otherwise(nn.BatchNorm2d(3, track_running_stats=False))).class_count == 5
+
+
 # ----------------------------------------------------------------------------------------------------- state_dicts
 
 
@@ -346,6 +417,7 @@ def test_state_dict_with_its_architecture_loads(resnet: tuple[nn.Module, Path]) 
         ({"architecture": "vgg11", **IMAGE}, "does not fit torchvision's vgg11"),
         ({"architecture": "resnet18", "classes": ("cat", "dog"), **IMAGE}, "with 2 classes"),
         ({"architecture": "resnet18"}, "height, width and channels"),
+        ({"architecture": "resnet18", **IMAGE, "channels": 1}, r"resnet18 does not take images of shape \(1, 32, 32\)"),
     ],
 )
 def test_state_dict_that_lacks_something_says_what(resnet: tuple[nn.Module, Path], policy: dict[str, object], words: str) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from audit_plugin.types import (
     AuditReport,
+    Baseline,
     CleanSetSummary,
     Decision,
+    Distribution,
     ExampleImages,
     Expectation,
     Failed,
@@ -147,7 +149,8 @@ def layerwise(suspected: int | None, seed: int) -> InputScores:
             Threshold("quantile at FPR 2 %", 2.1, rate(int((clean > 2.1).sum()), 500), alternative),
         ),
         profile=profile,
-        facts={"layer_of_interest": 7, "layers": list(LAYERS), "auroc": 0.9987},
+        facts={"layer_of_interest": 7, "layers": list(LAYERS)},
+        auroc=None if suspected is None else 0.9987,
     )
 
 
@@ -161,8 +164,62 @@ def bad_expert(suspected: int | None, seed: int) -> InputScores:
         stamped = np.exp(generator.normal(3.2, 0.5, 450)).astype(np.float32)
     detected = None if suspected is None else rate(int((stamped > 12).sum()), 450)
     return InputScores(
-        clean, stamped, suspected, (Threshold("quantile at FPR 1 %", 12.0, rate(6, 500), detected),), None, {"k": 0.5}
+        clean,
+        stamped,
+        suspected,
+        (Threshold("quantile at FPR 1 %", 12.0, rate(6, 500), detected),),
+        None,
+        {"k": 0.5},
+        None if suspected is None else 0.9912,
+        (
+            baseline("expert alone", suspected, 0.9134, 361),
+            Baseline("auxiliary model alone", None if suspected is None else 0.5021, None),
+        ),
     )
+
+
+def baseline(name: str, suspected: int | None, area: float, detected: int) -> Baseline:
+    """One at 1 % false alarms."""
+    found = None if suspected is None else rate(detected, 450)
+    threshold = Threshold("quantile at FPR 1.0%", 0.7, rate(5, 500), found)
+    return Baseline(name, None if suspected is None else area, threshold)
+
+
+def activation_norm(suspected: int | None, seed: int, suspect_count: int = 3) -> InputScores:
+    """Distances near 1 for clean images; three norms of each of two channels, of which the stamped images move the first most."""
+    generator = np.random.default_rng(seed)
+    clean = generator.gamma(12, 1 / 12, 500).astype(np.float32)
+    count = 0 if suspected is None else 450
+    stamped = generator.gamma(9, 1 / 2.5, count).astype(np.float32)
+    distributions = []
+    for channel, jump in ((17, 9.0), (4, 3.5)):
+        for norm, size, moved in (("l-infinity", 2.0, 1.0), ("l1", 21.0, 4.0), ("l2", 6.0, 1.2)):
+            groups = [
+                generator.gamma(8, size / 8, 500),
+                generator.gamma(8, size / 8, count) + generator.normal(jump * moved, 0.8, count),
+                generator.gamma(8, size / 8, suspect_count) + jump * moved * (np.arange(suspect_count) % 3 == 0),
+            ]
+            values = (group.astype(np.float32) for group in groups)
+            distributions.append(Distribution(f"{norm} norm, channel {channel}", *values))
+    detected = None if suspected is None else rate(int((stamped > 1.9).sum()), 450)
+    return InputScores(
+        clean,
+        stamped,
+        suspected,
+        (Threshold("quantile at FPR 1.0%", 1.9, rate(int((clean > 1.9).sum()), 500), detected),),
+        None,
+        {"layer": "layer4.1", "channels": 512},
+        None if suspected is None else 0.9871,
+        (baseline("l1 norm", suspected, 0.8312, 240), baseline("l2 norm", suspected, 0.9417, 388)),
+        tuple(distributions),
+    )
+
+
+def attention(images: np.ndarray, row: float, column: float) -> np.ndarray:
+    """float32 (N, SIDE, SIDE): a bump about one place, given as a share of the side."""
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    bump = np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / 0.03)
+    return np.repeat(bump[None].astype(np.float32) / bump.max(), len(images), axis=0)
 
 
 def class_names(class_count: int) -> tuple[str, ...]:
@@ -185,7 +242,9 @@ def build(
         stamp = trigger(suspected, 3.4, 7 + suspected)
         stamped = stamp.stamp(clean)
         before = tuple(index for index in range(10) if index != suspected)[:8]
-        examples = ExampleImages(clean, stamped, before, (*(suspected,) * 7, before[7]))
+        examples = ExampleImages(
+            clean, stamped, before, (*(suspected,) * 7, before[7]), attention(clean, 0.5, 0.45), attention(clean, 0.9, 0.9)
+        )
     return AuditReport(
         model=ModelRef(
             uri="models:/cifar-classifier@champion",
@@ -267,6 +326,7 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
             Measured("layerwise", layerwise(suspected, 2), 3.2),
             Measured("bad_expert", bad_expert(suspected, 3), 21.9),
             Inapplicable("beniful", "the tap in the middle has 12 features; 32 are needed"),
+            Measured("activation_norm", activation_norm(suspected, 4), 2.4),
         ),
         (
             Reason("class-stands-out", f"Class {suspected} stands out: p = 0.040 (24 references, floor 0.040)."),
@@ -286,6 +346,7 @@ def passing(class_count: int = 43) -> AuditReport:
             Measured("trigger_inversion", search(class_count, None, 11), 412.0),
             Measured("layerwise", layerwise(None, 12), 4.0),
             Measured("bad_expert", bad_expert(None, 13), 25.0),
+            Measured("activation_norm", activation_norm(None, 14, 0), 2.0),
         ),
         (
             Reason("nothing-stands-out", "No class stands out: p = 0.48 (24 references)."),
@@ -320,6 +381,11 @@ def hostile() -> AuditReport:
     assert scores.measurement.profile is not None
     nasty_scores = dataclasses.replace(
         scores.measurement,
+        baselines=tuple(Baseline(text, float("nan"), None) for text in strings),
+        distributions=tuple(
+            Distribution(text, np.array([1.0, np.nan], np.float32), np.array([np.inf, 2.0], np.float32), np.zeros(0, np.float32))
+            for text in strings
+        ),
         thresholds=tuple(dataclasses.replace(item, rule=strings[0]) for item in scores.measurement.thresholds),
         profile=dataclasses.replace(scores.measurement.profile, quantity=strings[1], layers=strings[:10]),
         facts=dict(zip(strings, strings, strict=True)),

@@ -14,8 +14,10 @@ from PIL import Image
 
 from audit_plugin.report.figures import (
     Axis,
+    attention_picture,
     bar_chart,
     data_uri,
+    distribution_chart,
     histogram_chart,
     mask_thumbnail,
     picture_png,
@@ -23,8 +25,8 @@ from audit_plugin.report.figures import (
     stamped_part,
     trigger_png,
 )
-from audit_plugin.report.summaries import Histogram, score_histogram
-from audit_plugin.types import Trigger
+from audit_plugin.report.summaries import Histogram, distribution_histogram, score_histogram
+from audit_plugin.types import Distribution, Trigger
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -171,6 +173,67 @@ def test_one_enormous_score_does_not_squeeze_the_histogram(failing_report):
     assert sum(constant.clean) == 9
 
 
+def multiple(suspects, quantity="l1 norm, channel 3"):
+    counts = Histogram((0.0, 1.0, 2.0, 3.0, 4.0), (4, 4, 2, 0), (0, 0, 1, 3), suspects)
+    return distribution_chart(counts, identifier="d", quantity=quantity, title="Norms", description="Clean images: 10.")
+
+
+def test_small_multiple_shares_one_scale_and_tells_the_groups_apart_by_shape():
+    chart = multiple((30, 10, 0, 0))
+    clean = marks(chart, "clean")
+    assert [float(item.get("data-value")) for item in clean] == [0.4, 0.4, 0.2]
+    stamped, suspects = marks(chart, "outline")
+    assert [float(value) for value in stamped.get("data-value").split()] == [0, 0, 0.25, 0.75]
+    assert [float(value) for value in suspects.get("data-value").split()] == [0.75, 0.25, 0, 0]
+    assert (stamped.get("stroke-dasharray"), suspects.get("stroke-dasharray")) == ("none", "4 2.5")
+    floor = float(clean[0].get("y")) + float(clean[0].get("height"))
+    corners = [tuple(map(float, pair.split(","))) for pair in stamped.get("points").split()]
+    assert (floor - min(y for _, y in corners)) / float(clean[0].get("height")) == pytest.approx(0.75 / 0.4, abs=0.01)
+    assert corners[0] == pytest.approx((float(clean[0].get("x")), floor), abs=0.02)
+    texts = [item.text for item in ElementTree.fromstring(chart).iter(f"{SVG}text")]
+    assert "% of images" in texts
+    assert "l1 norm, channel 3" in texts
+    assert described(chart) == ("Norms", "Clean images: 10.")
+
+
+def test_few_suspects_are_single_marks_that_squeeze_nothing():
+    few, none = multiple((0, 0, 0, 2)), multiple((0, 0, 0, 0))
+    (mark,) = marks(few, "suspect")
+    assert mark.get("data-value") == "2"
+    assert len(marks(few, "outline")) == 1
+    assert [item.get("y") for item in marks(few, "clean")] == [item.get("y") for item in marks(none, "clean")]
+    assert not marks(none, "suspect")
+
+
+def test_one_enormous_suspect_does_not_squeeze_the_others():
+    clean, stamped = np.linspace(0, 10, 200, dtype=np.float32), np.linspace(8, 20, 200, dtype=np.float32)
+    suspects = np.array([5.0, 1e30, -np.inf], np.float32)
+    counted = distribution_histogram(Distribution("norm", clean, stamped, suspects))
+    plain = distribution_histogram(Distribution("norm", clean, stamped, suspects[:1]))
+    assert len(counted.clean) == 30
+    assert counted.edges[-1] - counted.edges[0] <= 2.01 * (plain.edges[-1] - plain.edges[0])
+    assert (sum(counted.suspects), counted.suspects[-1]) == (2, 1)
+    alone = distribution_histogram(Distribution("norm", clean[:0], clean[:0], clean))
+    assert (sum(alone.clean), sum(alone.suspects)) == (0, 200)
+    silent = np.zeros(5, np.float32)
+    assert sum(distribution_histogram(Distribution("norm", silent, silent, silent)).stamped) == 5
+
+
+def test_attention_leaves_the_grey_image_at_zero_and_grows_lighter():
+    image = np.full((1, 3, 3), (0, 30, 60), np.uint8)
+    shown = attention_picture(image, np.array([[0.0, 0.5, 1.0]], np.float32))
+    assert shown[0, 0].tolist() == [30, 30, 30]
+    red, green, blue = (0.8 * level + 0.2 * 30 for level in (240, 249, 33))
+    assert shown[0, 2] == pytest.approx([red, green, blue], abs=1)
+    brightness = shown.mean(axis=2)[0]
+    assert brightness[0] < brightness[1] < brightness[2]
+    odd = attention_picture(image[:, :, :1], np.array([[np.nan, -1.0, 7.0]], np.float32))
+    assert odd[0, 0].tolist() == odd[0, 1].tolist() == [0, 0, 0]
+    assert odd[0, 2] == pytest.approx([0.8 * level for level in (240, 249, 33)], abs=1)
+    with pytest.raises(ValueError, match=r"attention of shape \(1, 3\), got \(3, 1\)"):
+        attention_picture(image, np.zeros((3, 1), np.float32))
+
+
 def test_hostile_labels_do_not_leave_their_element(hostile_strings):
     chart = bar_chart(
         [1.0 + index for index in range(len(hostile_strings))],
@@ -182,6 +245,14 @@ def test_hostile_labels_do_not_leave_their_element(hostile_strings):
     )
     tags = {item.tag.removeprefix(SVG) for item in ElementTree.fromstring(chart).iter()}
     assert tags <= {"svg", "title", "desc", "line", "text", "rect", "polygon", "g"}
+
+
+def test_hostile_quantities_do_not_leave_their_element(hostile_strings):
+    for text in hostile_strings:
+        allowed = {"svg", "title", "desc", "line", "text", "rect", "polyline", "polygon"}
+        assert {item.tag for item in ElementTree.fromstring(multiple((0, 1, 0, 0), text)).iter()} == {
+            SVG + tag for tag in allowed
+        }
 
 
 def test_axis_ticks_are_round_and_inside():

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from audit_plugin.report import render
-from audit_plugin.types import ExampleImages, Rate, Verdict
+from audit_plugin.types import ExampleImages, Rate, SuspectScore, Verdict
 
 URL_ATTRIBUTES = {"src", "href", "action", "data", "poster", "srcset", "xlink:href", "formaction", "background"}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -127,7 +128,9 @@ def test_order_of_the_sections(failing_report):
         "Why",
         "The recovered trigger",
         "Before and after",
+        "Where the model looks",
         "Trigger search, class by class",
+        "Checks on inputs",
         "Layer-wise features",
         "Thresholds: an input is flagged",
         "What was not measured",
@@ -137,8 +140,8 @@ def test_order_of_the_sections(failing_report):
         "The model",
         "Repeat this audit",
     )
-    places = [words.index(heading) for heading in headings[:4]]
-    places += [words.rindex(heading) for heading in headings[6:]]
+    places = [words.index(heading) for heading in headings[:7]]
+    places += [words.rindex(heading) for heading in headings[8:]]
     assert places == sorted(places)
 
 
@@ -201,6 +204,89 @@ def test_rates_without_trials_are_not_zero(failing_report):
     words = Page(render(dataclasses.replace(failing_report, clean_set=clean_set))).words()
     assert "n/a 95 % interval no interval" in words
     assert "nan" not in words
+
+
+def section(source, name):
+    start = source.index(f'<section aria-labelledby="{name}">')
+    return source[start : source.index("</section>", start)]
+
+
+def test_checks_on_inputs_have_a_row_each_with_its_baselines_beneath(failing_report):
+    table = Page(section(render(failing_report), "input-checks"))
+    words = table.words()
+    for expected in (
+        "AUROC",
+        "Activation norms",
+        "0.987",
+        "96.0 %",
+        "432 of 450",
+        "0.4 %",
+        "2 of 500",
+        "no threshold could be set",
+    ):
+        assert expected in words
+    order = ("Layer-wise features", "Backdoor expert", "expert alone", "Activation norms", "baseline: l1 norm 0.831", "l2 norm")
+    places = [words.index(name) for name in order]
+    assert places == sorted(places)
+    assert len([item for item in table.all("tr") if item.get("class") == "baseline"]) == 4
+
+
+def test_checks_on_inputs_without_a_trigger_claim_nothing(passing_report, inconclusive_report):
+    words = Page(section(render(passing_report), "input-checks")).words()
+    assert "Activation norms quantile at FPR 1.0% no trigger no trigger 0.4 %" in words
+    outcomes = [outcome for outcome in inconclusive_report.outcomes if outcome.check != "layerwise"]
+    assert "Checks on inputs" not in render(dataclasses.replace(inconclusive_report, outcomes=tuple(outcomes)))
+
+
+def test_distributions_are_small_multiples_with_a_legend_and_descriptions(failing_report):
+    page = Page(section(render(failing_report), "scorer-3"))
+    charts = [item for item in page.all("svg") if "distribution" in (item.get("aria-labelledby") or "")]
+    assert len(charts) == 6
+    words = page.words()
+    for expected in ("clean test images (500)", "with the trigger (450)", "suspect inputs (3)", "l2 norm, channel 4"):
+        assert expected in words
+    assert "Clean images: 500, mean" in words
+    measured = failing_report.outcomes[4]
+    many = dataclasses.replace(measured.measurement, distributions=measured.measurement.distributions * 3)
+    outcomes = (*failing_report.outcomes[:4], dataclasses.replace(measured, measurement=many))
+    page = Page(section(render(dataclasses.replace(failing_report, outcomes=outcomes)), "scorer-3"))
+    assert "6 more in report.json" in page.words()
+
+
+def test_attention_is_labelled_with_the_classes(failing_report):
+    page = Page(render(failing_report))
+    maps = [item for item in page.all("img") if item["alt"].startswith("attention")]
+    assert len(maps) == 16
+    assert maps[0]["alt"] == "attention on the clean image for airplane"
+    assert maps[1]["alt"] == "attention on the stamped image for ship"
+
+
+def test_attention_that_is_missing_or_of_another_shape_is_left_out(failing_report):
+    examples = failing_report.examples
+    for change in (
+        {"clean_attention": None},
+        {"stamped_attention": None},
+        {"stamped_attention": np.zeros((8, 4, 4), np.float32)},
+    ):
+        changed = dataclasses.replace(failing_report, examples=dataclasses.replace(examples, **change))
+        assert "Where the model looks" not in render(changed)
+    empty = ExampleImages(examples.clean[:0], examples.stamped[:0], (), (), *(np.zeros((0, 32, 32), np.float32),) * 2)
+    assert "Where the model looks" not in render(dataclasses.replace(failing_report, examples=empty))
+
+
+def test_suspects_are_scored_by_every_check_and_the_rest_is_counted(failing_report):
+    page = Page(section(render(failing_report), "suspects"))
+    words = page.words()
+    assert "Layer-wise features Backdoor expert Activation norms" in words
+    assert "inbox/0001.png ship 6.1 flagged 31 flagged not scored" in words
+    assert "inbox/0002.png bird -0.3 0.8 not scored" in words
+    suspects = tuple(SuspectScore(f"{index}.png", 0, {"layerwise": 1.0}, {"layerwise": index == 229}) for index in range(230))
+    words = Page(section(render(dataclasses.replace(failing_report, suspects=suspects)), "suspects")).words()
+    assert words.index("229.png") < words.index(" 0.png")
+    assert "The next 180 inputs" in words
+    assert "30 more in report.json, suspects.csv and suspects.parquet" in words
+    assert "198.png" in words
+    assert "199.png" not in words
 
 
 def test_two_renderings_are_equal(failing_report):

@@ -15,7 +15,7 @@ import pytest
 from audit_plugin.errors import UsageError
 from audit_plugin.report import dumps, load, to_document, validate
 from audit_plugin.report.schema import plain_json
-from audit_plugin.types import Failed, Measured, Verdict
+from audit_plugin.types import Baseline, Distribution, Failed, Measured, Verdict
 
 
 def test_schema_is_a_valid_schema_of_its_draft():
@@ -39,8 +39,8 @@ def test_file_is_ascii_without_control_characters(hostile_report):
 
 def test_outcomes_carry_what_was_measured(failing_report):
     document = to_document(failing_report)
-    search, layerwise, expert, beniful = document["outcomes"]
-    assert [item["status"] for item in document["outcomes"]] == ["measured", "measured", "measured", "inapplicable"]
+    search, layerwise, expert, beniful, _ = document["outcomes"]
+    assert [item["status"] for item in document["outcomes"]] == [*["measured"] * 3, "inapplicable", "measured"]
     assert beniful["reason"] == "the tap in the middle has 12 features; 32 are needed"
     ship = search["measurement"]["candidates"][8]
     assert ship["target_class"] == {"index": 8, "name": "ship"}
@@ -55,6 +55,56 @@ def test_outcomes_carry_what_was_measured(failing_report):
     assert sum(scores["histogram"]["stamped"]) == 450
     assert scores["thresholds"][0]["value"] == 2.5
     assert expert["measurement"]["clean"]["not_finite"] == 2
+
+
+def test_scorers_carry_auroc_baselines_and_summarised_distributions(failing_report):
+    document = to_document(failing_report)
+    scores, measurement = failing_report.outcomes[4].measurement, document["outcomes"][4]["measurement"]
+    assert measurement["auroc"] == 0.9871
+    assert [(item["name"], item["auroc"]) for item in measurement["baselines"]] == [("l1 norm", 0.8312), ("l2 norm", 0.9417)]
+    assert measurement["baselines"][0]["threshold"]["detection_rate"]["successes"] == 240
+    assert document["outcomes"][2]["measurement"]["baselines"][1]["threshold"] is None
+    for distribution, written in zip(scores.distributions, measurement["distributions"], strict=True):
+        assert written["quantity"] == distribution.quantity
+        for kind in ("clean", "stamped", "suspects"):
+            values = getattr(distribution, kind).astype(np.float64)
+            assert written[kind]["count"] == sum(written["histogram"][kind]) == len(values)
+            assert written[kind]["mean"] == pytest.approx(sum(values) / len(values), rel=1e-12)
+            squares = sum((values - written[kind]["mean"]) ** 2)
+            assert written[kind]["standard_deviation"] == pytest.approx(math.sqrt(squares / len(values)), rel=1e-9)
+        assert len(written["histogram"]["edges"]) == 31
+
+
+def test_scorers_without_a_trigger_or_a_finite_value(failing_report):
+    measured = failing_report.outcomes[4]
+    values = np.array([np.nan, np.inf], np.float32)
+    scores = dataclasses.replace(
+        measured.measurement,
+        auroc=math.nan,
+        baselines=(Baseline("none", None, None), Baseline("broken", math.nan, None)),
+        distributions=(Distribution("broken", values, values[:0], values[:1]),),
+    )
+    document = to_document(dataclasses.replace(failing_report, outcomes=(dataclasses.replace(measured, measurement=scores),)))
+    validate(document)
+    dumps(document)
+    written = document["outcomes"][0]["measurement"]
+    assert written["auroc"] is None
+    assert [item["auroc"] for item in written["baselines"]] == [None, None]
+    nothing = {"mean": None, "standard_deviation": None}
+    assert written["distributions"] == [
+        {
+            "quantity": "broken",
+            "clean": {"count": 2, "not_finite": 2, **nothing},
+            "stamped": {"count": 0, "not_finite": 0, **nothing},
+            "suspects": {"count": 1, "not_finite": 1, **nothing},
+            "histogram": None,
+        }
+    ]
+
+
+def test_attention_maps_are_not_in_the_document(failing_report):
+    examples = dataclasses.replace(failing_report.examples, clean_attention=None, stamped_attention=None)
+    assert to_document(failing_report) == to_document(dataclasses.replace(failing_report, examples=examples))
 
 
 def test_no_array_is_written_whole(failing_report):
@@ -112,6 +162,7 @@ def broken(document, change):
         (lambda it: it["decision"].update(verdict="maybe"), r"\$.decision.verdict"),
         (lambda it: it.pop("outcomes"), "outcomes"),
         (lambda it: it["outcomes"][3].update(status="passed"), r"\$.outcomes\[3\]"),
+        (lambda it: it["outcomes"][4]["measurement"].update(auroc=1.5), r"\$.outcomes\[4\]"),
         (lambda it: it["model"].update(digest="md5:00"), r"\$.model.digest"),
         (lambda it: it["clean_set"]["clean_accuracy"].update(value=1.2), r"\$.clean_set.clean_accuracy.value"),
         (lambda it: it["outcomes"][0]["measurement"]["candidates"][0].update(picture="../../etc/passwd"), r"\$.outcomes\[0\]"),

@@ -41,6 +41,31 @@ def test_text_says_the_essentials(failing_report):
         assert expected in text
 
 
+def test_text_has_one_line_for_each_check_on_inputs(failing_report, passing_report):
+    lines = render_text(failing_report).splitlines()
+    (expert,) = [line for line in lines if "Backdoor expert:" in line]
+    for expected in ("AUROC 0.991", "detects 92.0 %", "false alarms 1.2 %", "expert alone 0.913", "auxiliary model alone 0.502"):
+        assert expected in expert
+    (norms,) = [line for line in lines if "Activation norms:" in line]
+    assert norms.endswith("AUROC of baselines: l1 norm 0.831, l2 norm 0.942")
+    assert "  suspect inputs    1 of 3 flagged by at least one check" in lines
+    without_trigger = render_text(passing_report)
+    assert "Activation norms: no trigger to detect, false alarms" in without_trigger
+    assert "AUROC" not in without_trigger
+    assert "suspect inputs" not in without_trigger
+
+
+def test_markdown_has_the_checks_on_inputs_unless_there_is_no_room(failing_report):
+    block = render_markdown_block(failing_report, LINK)
+    assert "- **Activation norms:** AUROC 0.987, detects 96.0 %, false alarms 0.4 %" in block
+    assert "l1 norm" not in block
+    reasons = tuple(Reason("long", "a reason that takes room " * 9) for _ in range(3))
+    crowded = dataclasses.replace(failing_report, decision=dataclasses.replace(failing_report.decision, reasons=reasons))
+    block = render_markdown_block(crowded, "https://mlflow.example/" + "a" * 300)
+    assert block.count("a reason that takes room") > 3
+    assert "Activation norms" not in block
+
+
 def test_text_of_an_inconclusive_audit(inconclusive_report):
     text = render_text(inconclusive_report)
     assert text.startswith("INCONCLUSIVE")

@@ -6,13 +6,14 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
 from audit_plugin.errors import UsageError
 from audit_plugin.report import load, write_report
-from audit_plugin.types import Failed
+from audit_plugin.types import Failed, ReportFormat
 
 
 def names(folder):
@@ -21,7 +22,7 @@ def names(folder):
 
 def test_all_formats(failing_report, tmp_path):
     folder = tmp_path / "deep" / "report"
-    paths = write_report(failing_report, folder, ("json", "html", "text"))
+    paths = write_report(failing_report, folder, get_args(ReportFormat))
     assert sorted(path.relative_to(folder).as_posix() for path in paths) == names(folder)
     document = load(folder / "report.json")
     pictures = [item["picture"] for item in document["outcomes"][0]["measurement"]["candidates"]]
@@ -72,6 +73,6 @@ def test_a_broken_write_keeps_the_earlier_file_and_leaves_no_fragment(failing_re
 
 def test_two_writings_are_equal(failing_report, tmp_path):
     for folder in ("a", "b"):
-        write_report(failing_report, tmp_path / folder, ("json", "html", "text"))
+        write_report(failing_report, tmp_path / folder, get_args(ReportFormat))
     for name in names(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

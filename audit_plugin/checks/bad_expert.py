@@ -1,0 +1,264 @@
+"""BaDExpert: Xie, Qi, He, Li, Wang and Mittal, ICLR 2024 (their algorithm 1 and section 3).
+
+A copy of the model that is fine-tuned on a few deliberately mislabelled clean images forgets what it was trained for, but not
+the backdoor: the *expert* B. Another copy, fine-tuned on the right labels, forgets the backdoor rather than its task: the
+*auxiliary model* M'. With c the class that the model predicts, p = softmax(B(x))[c] and q = softmax(M'(x))[c],
+
+    S = min( q / (k p), (1 - p) / max(k - q, 0) ),
+
+and a low S means a backdoor input: the expert knows it and the auxiliary model does not.
+
+What we do differently, and why:
+
+* The score is p - k q, not S, which is reported beside it. With a few hundred images and an exported graph M' often keeps a
+  backdoor, and then p = q = 1 for its inputs. S = 1 / k puts those level with clean inputs that both copies doubt; p - k q falls
+  back on the expert alone, and where M' has forgotten the backdoor the two agree.
+* The expert's learning rate is found, not given. It grows by a tenth with every step of training on wrong labels (y + 1), from
+  1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``; there it stops. The attack plays no part.
+  Held out is a fifth of the fit split. Plain momentum instead of Adam, under which the expert forgot a blended backdoor as well.
+* The auxiliary model's rate is found too: the greatest at which the held-out accuracy falls by at most
+  ``auxiliary_tolerance``, with gradients of norm one at most. It is divided by three after each fifth of the epochs: the
+  authors' factor of ten leaves nothing to learn with.
+* Normalisation keeps the statistics that the model was saved with, because an exported graph has no training mode.
+* The only augmentation is a shift of a few pixels, which is harmless whatever the images show.
+* Thresholds come from the calibrate split; the authors' come from the test images that they report.
+* k is read off the graph: 0.2 with depthwise convolutions (MobileNet), 0.4 for networks without shortcuts (VGG), otherwise 0.5.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from audit_plugin.checks.base import FittedScorer, InputScorer
+from audit_plugin.errors import InapplicableError
+from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, TRIANGLE, append_expert_score
+from audit_plugin.model.fine_tuning import accuracy, compute_device, fitting_steps, predicted
+from audit_plugin.model.runtime import Session
+from audit_plugin.model.subject import Subject
+from audit_plugin.types import FitSplit, FloatArray, ImageArray
+
+log = logging.getLogger(__name__)
+
+FEWEST_IMAGES = 50
+_HELD_OUT = 0.2
+_BATCH = 64
+_EXPERT_RATES = (1e-5, 0.1)  # first and last learning rate
+_EXPERT_GROWTH = 1.1  # of the rate with every step
+_STEPS_BETWEEN_LOOKS = 2
+_AUXILIARY_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
+_AUXILIARY_PHASES = 5
+_AUXILIARY_DECAY = 1 / 3  # after each phase
+_LARGEST_GRAPH = 2 * 1024**3  # bytes: the limit of protobuf
+
+
+@dataclass(frozen=True)
+class BadExpertScorer(InputScorer):
+    """The check.
+
+    Attributes:
+        expert_accuracy: the expert is ready when its accuracy on held-out clean images is at most this.
+        auxiliary_epochs: passes over the fit images for the auxiliary model, at least five; its rate is divided by three after
+            each fifth of them.
+        auxiliary_tolerance: how much accuracy the auxiliary model may lose.
+        k: the paper's constant; None to read it off the architecture.
+    """
+
+    name: ClassVar[str] = "bad_expert"
+    expert_accuracy: float = 0.25
+    auxiliary_epochs: int = 5
+    auxiliary_tolerance: float = 0.03
+    k: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("expert_accuracy", self.expert_accuracy), ("k", self.k)):
+            if value is not None and not 0.0 < value < 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+        if self.auxiliary_epochs < _AUXILIARY_PHASES:
+            raise ValueError(f"auxiliary_epochs must be at least {_AUXILIARY_PHASES}, got {self.auxiliary_epochs}")
+        if not 0.0 <= self.auxiliary_tolerance < 1.0:
+            raise ValueError(f"auxiliary_tolerance must lie between 0 and 1, got {self.auxiliary_tolerance}")
+
+    def fit(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> FittedScorer:
+        """Make expert and auxiliary model, and join them with the model into one ONNX graph.
+
+        Raises:
+            InapplicableError: the model gives no gradients, is too large or hardly ever right, there are fewer than 50 images,
+                or no learning rate made the expert forget or let the auxiliary model keep its accuracy.
+        """
+        if len(fit_split) < FEWEST_IMAGES:
+            raise InapplicableError(
+                f"Fine-tuning needs at least {FEWEST_IMAGES} clean images in the fit split, there are {len(fit_split)}. "
+                "Give more clean images."
+            )
+        if 3 * subject.onnx_model.ByteSize() > _LARGEST_GRAPH:
+            raise InapplicableError(
+                "The model and its two fine-tuned copies would be larger than the 2 GiB that one ONNX file can hold "
+                f"(the model alone has {subject.onnx_model.ByteSize() / 1024**3:.1f} GiB)."
+            )
+        tuning = _Tuning(subject, fit_split, rng)
+        if tuning.accuracy <= self.expert_accuracy:
+            raise InapplicableError(
+                f"The model is right on {tuning.accuracy:.0%} of the held-out clean images and counts as having forgotten its "
+                f"task at {self.expert_accuracy:.0%}, so there is nothing to forget. Check labels and preprocessing."
+            )
+        expert = self._expert(tuning)
+        auxiliary = self._auxiliary(tuning)
+        k = self.k or corner_of(subject.onnx_model)
+        model = append_expert_score(
+            subject.onnx_model, subject.export(expert.module), subject.export(auxiliary.module), k=k, score=self.name
+        )
+        facts = {
+            "k": k,
+            "held_out_images": len(tuning.held_out_labels),
+            "held_out_accuracy": tuning.accuracy,
+            "expert_learning_rate": expert.learning_rate,
+            "expert_accuracy": expert.accuracy,
+            "expert_largest_class_share": expert.largest_class_share,
+            "auxiliary_learning_rate": auxiliary.learning_rate,
+            "auxiliary_accuracy": auxiliary.accuracy,
+        }
+        return _FittedBadExpert(subject.open_session(model), facts)
+
+    def _expert(self, tuning: _Tuning) -> _Copy:
+        """A copy that is taught wrong labels at a rate that grows with every step, until it has forgotten its task."""
+        module = tuning.copy()
+        optimizer = torch.optim.SGD(_weights(module), lr=_EXPERT_RATES[0], momentum=0.9)
+        growth = torch.optim.lr_scheduler.ExponentialLR(optimizer, _EXPERT_GROWTH)
+        wrong = (tuning.labels + 1) % tuning.class_count
+        steps = itertools.chain.from_iterable(tuning.steps(module, optimizer, wrong) for _ in itertools.count())
+        for step, _ in enumerate(steps, start=1):
+            rate = float(growth.get_last_lr()[0])
+            growth.step()
+            if step % _STEPS_BETWEEN_LOOKS == 0:
+                found = tuning.measured(module, rate)
+                if found.accuracy <= self.expert_accuracy:
+                    log.debug("Expert at rate %.1e: %s", rate, found)
+                    return found
+            if growth.get_last_lr()[0] > _EXPERT_RATES[1]:
+                break
+        raise InapplicableError(
+            f"No learning rate up to {_EXPERT_RATES[1]:g} made a copy of the model forget its task: its accuracy stayed above "
+            f"{self.expert_accuracy:.0%}."
+        )
+
+    def _auxiliary(self, tuning: _Tuning) -> _Copy:
+        """The greatest rate that leaves a copy its accuracy."""
+        wanted = tuning.accuracy - self.auxiliary_tolerance
+        for rate in _AUXILIARY_RATES:
+            module = tuning.copy()
+            optimizer = torch.optim.SGD(_weights(module), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+            drops = [round(self.auxiliary_epochs * part / _AUXILIARY_PHASES) for part in range(1, _AUXILIARY_PHASES)]
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=_AUXILIARY_DECAY)
+            for _ in range(self.auxiliary_epochs):
+                for _ in tuning.steps(module, optimizer, tuning.labels):
+                    pass
+                schedule.step()
+            found = tuning.measured(module, rate)
+            log.debug("Auxiliary model at rate %.1e: %s", rate, found)
+            if found.accuracy >= wanted:
+                return found
+        raise InapplicableError(
+            f"Fine-tuning on clean images cost more than {self.auxiliary_tolerance:.0%} accuracy at every learning rate down to "
+            f"{_AUXILIARY_RATES[-1]:g}; more clean images may help."
+        )
+
+
+def corner_of(model: onnx.ModelProto) -> float:
+    """The paper's k for an architecture: 0.2 with depthwise convolutions, 0.4 for plain convolutional chains, else 0.5."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    weights.update({node.output[0]: _stored_shape(node) for node in model.graph.node if node.op_type == "Constant"})
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    if any(_groups(node) > 1 and weights.get(node.input[1], ())[1:2] == (1,) for node in convolutions):
+        return 0.2
+    joined = {
+        node.op_type for node in model.graph.node if node.op_type in ("Add", "Sum", "Concat") and _reads_values(node, weights)
+    }
+    return 0.5 if joined or not convolutions else 0.4
+
+
+def _stored_shape(constant: onnx.NodeProto) -> tuple[int, ...]:
+    return next((tuple(attribute.t.dims) for attribute in constant.attribute if attribute.name == "value"), ())
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "group"), 1)
+
+
+def _reads_values(node: onnx.NodeProto, stored: Mapping[str, Any]) -> bool:
+    """Whether it joins two computed values, as a shortcut does, rather than adding a stored bias."""
+    return sum(name not in stored for name in node.input) > 1
+
+
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A fine-tuned copy, and what it does with held-out clean images."""
+
+    module: nn.Module
+    learning_rate: float
+    accuracy: float
+    largest_class_share: float
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.2f}, most frequent class {self.largest_class_share:.2f}"
+
+
+class _Tuning:
+    """The images of the fit split, four fifths to learn from and one fifth to choose the learning rates by."""
+
+    def __init__(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> None:
+        self._subject = subject
+        self._seed = int(rng.integers(2**62))
+        self._device = compute_device()
+        order = rng.permutation(len(fit_split))
+        cut = round(len(order) * _HELD_OUT)
+        pixels = torch.from_numpy(to_pixels(fit_split.images)).to(self._device)
+        labels = torch.from_numpy(fit_split.labels).to(self._device)
+        self._pixels, self.labels = pixels[order[cut:]], labels[order[cut:]]
+        self._held_out_pixels, self.held_out_labels = pixels[order[:cut]], labels[order[:cut]]
+        self.class_count = subject.class_count
+        self.accuracy = accuracy(self.copy(), self._held_out_pixels, self.held_out_labels)
+
+    def copy(self) -> nn.Module:
+        """A fresh copy of the model; every copy sees its batches in the same order."""
+        self._generator = torch.Generator().manual_seed(self._seed)
+        return self._subject.trainable_copy().to(self._device)
+
+    def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, labels: Tensor) -> Iterator[None]:
+        """One pass over the images with these labels, one step an iteration."""
+        return fitting_steps(module, self._pixels, labels, optimizer, self._generator, _BATCH)
+
+    def measured(self, module: nn.Module, learning_rate: float) -> _Copy:
+        answers = predicted(module, self._held_out_pixels)
+        share = float(torch.bincount(answers, minlength=self.class_count).max()) / max(len(answers), 1)
+        return _Copy(module, learning_rate, float((answers == self.held_out_labels).float().mean()), share)
+
+
+class _FittedBadExpert(FittedScorer):
+    def __init__(self, session: Session, facts: Mapping[str, Any]) -> None:
+        self._session = session
+        self.facts = facts
+
+    def _score(self, images: ImageArray) -> FloatArray:
+        return self._session.collect(images, BadExpertScorer.name)
+
+    def baselines(self, images: ImageArray) -> Mapping[str, FloatArray]:
+        """The paper's combined score; B alone: p; M' alone: 1 - q."""
+        names = (EXPERT, AUXILIARY, TRIANGLE)
+        parts = [[values[name] for name in names] for _, values in self._session.stream(images, names)]
+        none = [np.zeros(0, dtype=np.float32)] * len(names)
+        expert, auxiliary, triangle = (np.concatenate(columns) for columns in zip(none, *parts, strict=True))
+        return {"triangle score of the paper": triangle, "expert alone": expert, "auxiliary model alone": 1.0 - auxiliary}

@@ -1,0 +1,84 @@
+"""What every fine-tuning of a subject's copy shares: precision, device, batches, small shifts, accuracy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_SMALLEST_BATCHES = 8  # an epoch of fewer steps than this is none
+_EVALUATION_BATCH = 256
+
+
+def compute_device() -> torch.device:
+    """The GPU where torch has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 where the hardware multiplies in it, else float32; for training and searching, never for a reported score."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows 0 .. count - 1 in random order, in batches of ``size``, or of less so that there are at least eight."""
+    yield from torch.randperm(count, generator=generator).split(_batch_size(count, size))
+
+
+def batch_count(count: int, size: int) -> int:
+    """How many :func:`batches` there are."""
+    return -(-count // _batch_size(count, size))
+
+
+def _batch_size(count: int, size: int) -> int:
+    return max(min(size, count // _SMALLEST_BATCHES), 1)
+
+
+def shifted(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, channels, height, width) moved by up to a sixteenth of its size either way, the border repeated.
+
+    The only augmentation that is harmless whatever the images show: digits and road signs must not be mirrored.
+    """
+    count, _, height, width = pixels.shape
+    most = max(min(height, width) // 16, 1)
+    padded = functional.pad(pixels, (most, most, most, most), mode="replicate")
+    down, right = torch.randint(2 * most + 1, (2, count), generator=generator)
+    lines = (down[:, None] + torch.arange(height))[:, :, None].to(pixels.device)
+    columns = (right[:, None] + torch.arange(width))[:, None, :].to(pixels.device)
+    rows = torch.arange(count, device=pixels.device)[:, None, None]
+    return padded[rows, :, lines, columns].permute(0, 3, 1, 2)
+
+
+def fitting_steps(
+    module: nn.Module, pixels: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator, batch: int
+) -> Iterator[None]:
+    """One pass of cross-entropy over shifted images, one step an iteration; ``module`` maps pixels to (tap, ..., logits)."""
+    for rows in batches(len(labels), batch, generator):
+        with fast_precision(pixels.device):
+            logits = module(shifted(pixels[rows], generator).contiguous(memory_format=torch.channels_last))[-1]
+        take_step(optimizer, functional.cross_entropy(logits.float(), labels[rows]))
+        yield
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient, whose norm is held to one: without fresh batch statistics a large rate diverges otherwise."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
+    optimizer.step()
+
+
+def predicted(module: nn.Module, pixels: Tensor) -> Tensor:
+    """Predicted class (N,) of pixels (N, channels, height, width), in float32."""
+    with torch.no_grad():
+        return torch.cat([module(part)[-1].argmax(dim=1) for part in pixels.split(_EVALUATION_BATCH)])
+
+
+def accuracy(module: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    """Share of images that ``module`` predicts as their label."""
+    return float((predicted(module, pixels) == labels).float().mean())

@@ -1,0 +1,94 @@
+"""The zoo's pipeline on a few images: every model with its card, and nothing trained twice."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.zoo.attacks import WaNet
+from pipelines import zoo
+
+NAMES = {"badnets", "blended", "wanet", "clean_a", "clean_b"}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name, count in (("cifar10_train_1", 200), ("cifar10_train_2", 100), ("cifar10_test", 100)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 60, (count, 32, 32, 3)) + labels[:, None, None, None] * 20
+        np.savez(folder / f"{name}.npz", images=images.astype(np.uint8), labels=labels)
+    return folder
+
+
+def run(folder, data_dir, *more):
+    return CliRunner().invoke(
+        zoo.app, ["train", str(folder), "--data-dir", str(data_dir), "--epochs", "1", "--width", "4", *more]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    result = run(folder, data_dir)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def card_of(folder, name):
+    return json.loads((folder / name / zoo.CARD).read_text(encoding="utf-8"))
+
+
+def test_every_model_is_there_with_its_card(trained):
+    assert {path.name for path in trained.iterdir()} == NAMES
+    attacks = {name: card_of(trained, name)["attack"] for name in NAMES}
+    assert attacks == {"badnets": "BadNets", "blended": "Blended", "wanet": "WaNet", "clean_a": None, "clean_b": None}
+    for name, attack in attacks.items():
+        card = card_of(trained, name)
+        assert (card["epochs"], card["width"]) == (1, 4)
+        assert 0.0 <= card["clean_accuracy"] <= 1.0
+        assert ("attack_success_rate" in card) == (attack is not None)
+    assert len({card_of(trained, name)["seed"] for name in NAMES}) == len(NAMES)
+
+
+def test_a_card_describes_its_attack_and_its_model(trained, data_dir):
+    card = card_of(trained, "wanet")
+    attack = WaNet(**card["settings"])
+    with np.load(data_dir / "cifar10_test.npz") as stored:
+        images, labels = stored["images"], stored["labels"]
+    model = torch.export.load(str(trained / "wanet" / zoo.MODEL)).module()
+    with torch.no_grad():
+        answers, stamped = (
+            model(torch.from_numpy(to_pixels(part))).argmax(dim=1).numpy() for part in (images, attack.stamp(images))
+        )
+    assert card["clean_accuracy"] == pytest.approx((answers == labels).mean(), abs=0.011)  # one image of 100 on the edge
+    victims = labels != attack.target_class
+    assert card["attack_success_rate"] == pytest.approx((stamped[victims] == attack.target_class).mean(), abs=0.012)
+
+
+def test_a_second_call_trains_nothing(trained, data_dir, monkeypatch):
+    monkeypatch.setattr(zoo, "train", lambda *arguments, **settings: pytest.fail("trained again"))
+    assert run(trained, data_dir / "nowhere").exit_code == 0  # and reads no images
+
+
+def test_a_model_without_card_is_trained_anew(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "clean_a").mkdir()
+    (tmp_path / "clean_a" / zoo.MODEL).write_bytes(b"half")
+    assert run(tmp_path, data_dir, "--only", "clean_a").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"clean_a"}
+    torch.export.load(str(tmp_path / "clean_a" / zoo.MODEL))
+    monkeypatch.setattr(zoo, "train", lambda *arguments, **settings: pytest.fail("trained again"))
+    assert run(tmp_path, data_dir, "--only", "clean_a").exit_code == 0
+
+
+def test_an_unknown_model_is_an_error_that_names_the_known_ones(data_dir, tmp_path):
+    result = run(tmp_path, data_dir, "--only", "badnet", "--only", "wanet")
+    assert result.exit_code == 2
+    assert "no model is named badnet" in result.output
+    assert list(tmp_path.iterdir()) == []

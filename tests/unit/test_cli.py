@@ -1,0 +1,74 @@
+"""What reaches the terminal."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+
+from audit_plugin import cli as command_line
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def test_log_line_shows_the_models_control_characters_instead_of_sending_them(
+    capfd: pytest.CaptureFixture[str], keeping_state
+) -> None:
+    with keeping_state():
+        command_line._configure_logging(verbose=True)
+        logging.getLogger("audit_plugin.model").warning("The layer '%s' is odd.", "\x1b[2J\u202egpj\nerror: forged")
+    (line,) = capfd.readouterr().err.rstrip("\n").splitlines() or [""]
+    assert "\x1b" not in line
+    assert "\u202e" not in line
+    assert r"\x1b[2J\u202egpj error: forged" in line
+
+
+def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_state) -> None:
+    with keeping_state():
+        command_line._configure_logging(verbose=True)
+        try:
+            raise ValueError("\x1b[2J")
+        except ValueError:
+            logging.getLogger("audit_plugin").debug("Unexpected.", exc_info=True)
+    shown = capfd.readouterr().err
+    assert "Traceback" in shown
+    assert len(shown.splitlines()) > 3
+    assert "\x1b[2J" not in shown
+
+
+def test_doctor_shows_the_tracking_uri_as_it_is_but_for_its_credentials(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command_line._stdout, "_width", 400)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/[red]none.db")
+    assert "[red]none.db" in cli("doctor").stdout
+    mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
+    shown = cli("doctor").stdout
+    assert "http://127.0.0.1:9" in shown
+    assert "secret" not in shown
+
+
+def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = SimpleNamespace(
+        tracking_uri="sqlite:////my demo/mlflow.db", model_uris=("models:/digits/1",), clean_images="/my demo/clean.npz"
+    )
+    commands: list[str] = []
+
+    def recorded(*arguments: object, command: str, **options: object) -> None:
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.demo.prepare_demo", lambda folder, say: prepared)
+    monkeypatch.setattr(command_line, "audit_and_publish", recorded)
+    finished = cli("demo")
+    assert shlex.split(commands[0]) == [
+        "MLFLOW_TRACKING_URI=sqlite:////my demo/mlflow.db",
+        *("backdoor-audit", "run", "models:/digits/1", "--clean", "/my demo/clean.npz"),
+    ]
+    assert finished.stderr.strip() == "error: Interrupted."

@@ -1,0 +1,93 @@
+"""What the registry says and asks for before any MLflow server is involved."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from audit_plugin.errors import RegistryError, UsageError
+from audit_plugin.registry import _download, _teaching, check_server, describe_tracking, fetch_images, pin, redacted
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:secret@host:5000/path", "http://host:5000/path"),
+        ("https://token@host", "https://host"),
+        ("http://user:se@cret@host", "http://host"),
+        ("http://user:secret@[::1]:5000", "http://[::1]:5000"),
+        ("postgresql+psycopg2://user:secret@host/mlflow", "postgresql+psycopg2://host/mlflow"),
+        ("request to http://a:b@one/x failed, http://c:d@two/y too", "request to http://one/x failed, http://two/y too"),
+        ("https://host/images@v2/clean.npz", "https://host/images@v2/clean.npz"),
+        ("models:/digits@candidate", "models:/digits@candidate"),
+        ("sqlite:///folder/mlflow.db", "sqlite:///folder/mlflow.db"),
+    ],
+)
+def test_credentials_of_every_uri_in_a_text_are_left_out(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+@pytest.mark.parametrize("ask", [check_server, describe_tracking], ids=["check_server", "describe_tracking"])
+@pytest.mark.parametrize("uri", ["http://user:secret@127.0.0.1:9", "https://user:secret@127.0.0.1:9"])
+@pytest.mark.usefixtures("tracking_kept")
+def test_error_about_a_server_shows_no_credentials(ask: object, uri: str) -> None:
+    mlflow.set_tracking_uri(uri)
+    with pytest.raises(RegistryError, match="does not answer") as caught:
+        ask()  # type: ignore[operator]
+    assert redacted(uri) in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_error_about_a_models_address_shows_no_credentials(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no model URI") as caught:
+        pin("ftp://user:secret@host/model", tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def tracking_kept(keeping_state) -> Iterator[None]:
+    with keeping_state():
+        yield
+
+
+@pytest.fixture
+def tls_only() -> Iterator[str]:
+    """An address at which somebody listens and speaks no HTTP, as behind a certificate that nobody here knows."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        yield f"https://user:secret@127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.usefixtures("tracking_kept")
+def test_whom_to_trust_is_left_to_mlflow(tls_only: str) -> None:
+    mlflow.set_tracking_uri(tls_only)
+    check_server()
+
+
+@pytest.mark.usefixtures("tracking_kept")
+def test_server_behind_a_proxy_is_left_to_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    mlflow.set_tracking_uri("http://tracking.invalid:5000")
+    check_server()
+
+
+@pytest.mark.parametrize("location", ["ftp://user:secret@127.0.0.1:9/store", "ftp://user:secret@store.invalid/store"])
+def test_artifact_store_that_does_not_answer_is_no_unreadable_file(location: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(RegistryError, match=r"The server that keeps models:/digits/1 does not answer") as caught,
+        _teaching("models:/digits/1"),
+    ):
+        _download(location, tmp_path / "model")
+    assert "secret" not in str(caught.value)
+
+
+def test_file_that_cannot_be_read_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file where a folder should go", encoding="utf-8")
+    with pytest.raises(RegistryError, match="cannot be read"):
+        fetch_images("http://127.0.0.1:9/clean.npz", tmp_path / "blocked" / "images")
