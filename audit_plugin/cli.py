@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import logging
 import os
 import shlex
@@ -31,7 +30,8 @@ from audit_plugin.errors import AuditError, UsageError, nearest
 from audit_plugin.types import AuditReport, ModelRef, ReportFormat, Verdict
 
 if TYPE_CHECKING:
-    from audit_plugin.registry import LoggedReport
+    from audit_plugin.guard import Guard
+    from audit_plugin.registry import LoggedReport, PinnedModel
     from audit_plugin.repairing import Repaired
 
 EXIT_CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
@@ -41,6 +41,7 @@ _LONGEST_MESSAGE = 2000
 _TYPER_INTERRUPTED = 130  # what newer typers make of Ctrl-C; no command of ours returns it
 
 FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
+_WITHOUT_SUSPECTS: tuple[ReportFormat, ...] = ("text", "json", "html")  # the others are tables of suspect inputs
 
 _EXAMPLES = """
 
@@ -133,7 +134,7 @@ def run(
     policy: Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report's files.")] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Any of text, json, html, separated by commas. Text, else JSON, goes to stdout.")
+        str, typer.Option("--format", help="Any of text, json, html, csv, parquet, by commas. Text, else JSON, goes to stdout.")
     ] = "text",
     seed: Annotated[int, typer.Option(min=0, help="Of the splits and the search; the same seed gives the same audit.")] = 0,
     log: Annotated[
@@ -241,14 +242,16 @@ def guard(
         float, typer.Option("--fpr", help="Share of clean inputs that may be called suspicious, between 0 and 1.")
     ] = 0.01,
     search: Annotated[
-        bool, typer.Option(help="Recover triggers, so that a detection rate can be measured. Takes most of the time.")
+        bool, typer.Option("--search/--no-search", help="Recover triggers, to measure how many the guard detects; minutes.")
     ] = True,
     name: Annotated[
         str | None, typer.Option(help="Registered model that the guard becomes a version of; else the model's with '-guard'.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="ONNX file to write; needed without a registry.")] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of splits and search; the same seed gives the same guard.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="ONNX file to write; needed for a model that is not in MLflow.")
+    ] = None,
     format_: Annotated[OneFormat, typer.Option("--format", help="What goes to stdout.")] = OneFormat.TEXT,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")
@@ -257,63 +260,20 @@ def guard(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines on stderr.")] = False,
 ) -> int:
     """Make a guarded model: one ONNX file that answers as the model does and says which inputs are suspicious."""
-    from audit_plugin.policy import load_policy
-
     _configure_logging(verbose)
-    if not 0.0 < false_positive_rate < 1.0:
-        raise UsageError(f"--fpr must lie between 0 and 1, got {false_positive_rate:g}.")
-    loaded = load_policy(policy)
-    if output is not None:
-        _check_output(output.parent, "guarded model")
-        if output.exists():
-            raise UsageError(f"'{output}' exists, and no model file is overwritten. Choose another name.")
-    with _progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-        progress.stage("Starting")
-        from audit_plugin.guard import build_guard
-        from audit_plugin.model.export import save
-        from audit_plugin.registry import check_server, fetch_images, pin, register_guard
-
-        work = Path(temporary)
-        progress.stage("Fetching the model")
-        pinned = pin(model, work)
-        registered_name = name or (f"{pinned.reference.name}-guard" if pinned.reference.name else None)
-        if registered_name is None and output is None:
-            raise UsageError(
-                f"'{model}' is no version of a registered model. Add -o FILE for the guard, or --name to register it."
-            )
-        if registered_name is not None:
-            check_server()
-        progress.stage("Preparing the model")
-        built = build_guard(
-            pinned.reference,
-            pinned.folder,
-            fetch_images(clean, work / "clean"),
-            false_positive_rate=false_positive_rate,
-            search=search,
-            policy=loaded,
-            seed=seed,
-            allow_pickle=allow_pickle,
-            require_gpu=require_gpu,
-            progress=progress,
-        )
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            save(built.model, output)
-        uri = None
-        if registered_name is not None:
-            progress.stage("Registering the guard")
-            uri = register_guard(built, registered_name)
-    if format_ is OneFormat.JSON:
-        sys.stdout.write(json.dumps({**built.document(), "uri": uri, "file": str(output) if output else None}, indent=2) + "\n")
-        return 0
-    detected = "not measured" if built.detection_rate is None else f"{built.detection_rate.value:.1%}"
-    _stdout.print(f"Guard of {built.guarded.pinned_uri}", markup=False)
-    _stdout.print(f"  threshold on suspicion        {built.threshold:.3f}")
-    _stdout.print(f"  clean images called suspicious {built.false_positive_rate.value:.1%} (wanted: {false_positive_rate:.1%})")
-    _stdout.print(f"  recovered triggers detected    {detected}")
-    for place in (output, uri):
-        if place is not None:
-            _stdout.print(f"  {place}", markup=False)
+    built, uri = guard_and_keep(
+        model,
+        clean,
+        false_positive_rate=false_positive_rate,
+        search=search,
+        name=name,
+        policy_file=policy,
+        output=output,
+        seed=seed,
+        allow_pickle=allow_pickle,
+        require_gpu=require_gpu,
+    )
+    _print_guard(built, None if output is None else str(output), uri, format_)
     return 0
 
 
@@ -351,7 +311,7 @@ def demo(
             uri,
             str(prepared.clean_images),
             output=folder / "reports" / uri.rsplit("/", 2)[-2],
-            formats=FORMATS,
+            formats=_WITHOUT_SUSPECTS,
             command=f"MLFLOW_TRACKING_URI={shlex.quote(prepared.tracking_uri)} {command}",
         )
         _print_report(report, ("text",), folder / "reports" / uri.rsplit("/", 2)[-2], logged)
@@ -495,6 +455,94 @@ def repair_and_keep(
             ) from error
 
 
+def guard_and_keep(
+    model: str,
+    clean: str,
+    *,
+    false_positive_rate: float = 0.01,
+    search: bool = True,
+    name: str | None = None,
+    policy_file: Path | None = None,
+    output: Path | None = None,
+    seed: int = 0,
+    allow_pickle: bool = False,
+    require_gpu: bool = False,
+) -> tuple[Guard, str | None]:
+    """Pin a model and build its guard, with progress on stderr; then write the guard, register it, or both.
+
+    Returns:
+        The guard, and the version that it became, or None.
+
+    Raises:
+        UsageError: there is no place for the guard, or a wrong one.
+        AuditError: see :func:`audit_plugin.guard.build_guard`; nothing was registered or written.
+    """
+    from audit_plugin.policy import load_policy
+
+    if not 0.0 < false_positive_rate < 1.0:
+        raise UsageError(f"--fpr must lie between 0 and 1, got {false_positive_rate:g}; 0.01 is one in a hundred.")
+    policy = load_policy(policy_file)
+    if output is not None:
+        _check_output(output.absolute().parent, "guard")
+        if output.exists():
+            raise UsageError(f"'{output}' exists, and no model file is overwritten. Choose another name.")
+    with _progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+        progress.stage("Starting")
+        from audit_plugin.guard import build_guard
+        from audit_plugin.model.export import save
+        from audit_plugin.registry import check_server, fetch_images, pin, register_guard
+
+        work = Path(temporary)
+        try:
+            progress.stage("Fetching the model")
+            pinned = pin(model, work)
+            registered_name = _guard_name(pinned, name, output)
+            if registered_name is not None:
+                check_server()
+            built = build_guard(
+                pinned.reference,
+                pinned.folder,
+                fetch_images(clean, work / "clean"),
+                false_positive_rate=false_positive_rate,
+                search=search,
+                policy=policy,
+                seed=seed,
+                allow_pickle=allow_pickle,
+                require_gpu=require_gpu,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            raise AuditError("Interrupted before the guard was ready; nothing was registered or written.") from None
+        if output is not None:
+            progress.stage("Writing the guard")
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+            save(built.model, output)
+        if registered_name is None:
+            return built, None
+        progress.stage("Registering the guard")
+        try:
+            return built, register_guard(built, registered_name)
+        except (Exception, KeyboardInterrupt) as error:
+            _log.debug("The guard was not registered.", exc_info=True)
+            place = "" if output is None else f" It is in '{output}'."
+            raise AuditError(
+                f"The guard was built, but registering it failed; a run without a version may remain in MLflow.{place} "
+                f"{_reason(error)}"
+            ) from error
+
+
+def _guard_name(pinned: PinnedModel, name: str | None, output: Path | None) -> str | None:
+    """The registered model that a guard becomes a version of; None when it is only written."""
+    original = pinned.reference
+    if not pinned.came_from_mlflow and (name is not None or output is None):
+        raise UsageError(
+            f"'{original.uri}' is no model of MLflow, so its guard is only written to a file: give -o FILE, and no --name."
+        )
+    if name is None and original.name is None and output is None:
+        raise UsageError(f"'{original.uri}' is no version of a registered model. Add --name to register its guard, or -o FILE.")
+    return name or (f"{original.name}-guard" if original.name else None)
+
+
 def _check_place(original: ModelRef, output: Path | None) -> None:
     from audit_plugin.model.save import ONNX_FILE, PT2_FILE
 
@@ -527,7 +575,7 @@ def _publish(report: AuditReport, output: Path | None, formats: Sequence[ReportF
             return None
         step = "logged"
         with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-            write_report(report, Path(temporary), FORMATS)
+            write_report(report, Path(temporary), FORMATS if report.suspects else _WITHOUT_SUSPECTS)
             return log_report(report, Path(temporary))
     except (Exception, KeyboardInterrupt) as error:  # whatever it is, minutes of work must not be lost by it
         _log.debug("The report was not %s.", step, exc_info=True)
@@ -637,6 +685,16 @@ def _print_repair(
     _stdout.print(render_repair(repaired.repair, repaired.audited, uri), markup=False)
     if report is not None:
         _print_report(report, ("text",), None, logged)
+
+
+def _print_guard(built: Guard, file: str | None, uri: str | None, format_: OneFormat) -> None:
+    from audit_plugin.report.guards import guard_document, render_guard
+    from audit_plugin.report.schema import dumps
+
+    if format_ is OneFormat.JSON:
+        sys.stdout.write(dumps(guard_document(built.report, file, uri)))
+    else:
+        _stdout.print(render_guard(built.report, file, uri), markup=False, end="")
 
 
 class _StageProgress:

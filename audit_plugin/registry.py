@@ -35,9 +35,10 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from audit_plugin.errors import RegistryError, UsageError, nearest
 from audit_plugin.intake import inspect
 from audit_plugin.model.input_spec import is_input_tag
+from audit_plugin.report.guards import guard_document
 from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
-from audit_plugin.types import AuditReport, FileEntry, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
+from audit_plugin.types import AuditReport, FileEntry, GuardReport, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
 
 if TYPE_CHECKING:
     from audit_plugin.guard import Guard
@@ -194,60 +195,80 @@ def register_repaired(original: ModelRef, network: Network, repair: RepairReport
 def register_guard(guard: Guard, name: str) -> str:
     """Log a guarded model in MLflow's ONNX flavour and register it under ``name``, which is made if missing.
 
-    The run, in the experiment ``backdoor-audits``, keeps the measured rates, the version's tags name the guarded model.
+    The version gets tags on what it guards, on its threshold and its measured rates, and the original's tags that say how images
+    become input. The run, in the experiment ``backdoor-audits``, keeps the figures as metrics and ``guard.json``. To load it
+    takes MLflow and ONNX Runtime alone.
 
     Returns:
         ``models:/name/version``.
 
     Raises:
         RegistryError: the tracking server does not answer or refuses.
+        IntakeError: what MLflow wrote would be refused by an audit.
     """
-    origin = {GUARD_OF_TAG: guard.guarded.pinned_uri, "audit.guard_of_digest": guard.guarded.digest}
-    with _teaching(guard.guarded.uri):
+    model, threshold = guard.report.model, guard.report.threshold
+    detected = threshold.detection_rate
+    origin = {GUARD_OF_TAG: model.pinned_uri, "audit.guard_of_digest": model.digest}
+    figures = {
+        "audit.guard_threshold": f"{threshold.value:.6g}",
+        "audit.guard_wanted_false_positive_rate": f"{guard.report.wanted_false_positive_rate:g}",
+        "audit.guard_false_positive_rate": f"{threshold.false_positive_rate.value:.4f}",
+        "audit.guard_detection_rate": "not measured" if detected is None else f"{detected.value:.4f}",
+    }
+    with _teaching(model.uri):
         check_server()
         client = MlflowClient()
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
 
         def log_into(experiment_id: str, run_id: str) -> str:
-            client.log_dict(run_id, guard.document(), "guard.json")
-            rates = {"false_positive_rate": guard.false_positive_rate, "detection_rate": guard.detection_rate}
-            for metric, rate in rates.items():
-                if rate is not None and math.isfinite(rate.value):
-                    client.log_metric(run_id, metric, rate.value)
-            client.log_metric(run_id, "threshold", guard.threshold)
-            return _log_onnx(client, guard, experiment_id, run_id)
+            client.log_dict(run_id, guard_document(guard.report), "guard.json")
+            for metric, value in _guard_metrics(guard.report).items():
+                client.log_metric(run_id, metric, value)
+            model_id = _log_guard(client, guard, experiment_id, run_id)
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            return model_id
 
-        return _new_version(client, name, f"{name}: guard of {guard.guarded.pinned_uri}", origin, log_into, {})
+        input_tags = {key: value for key, value in model.tags.items() if is_input_tag(key)}
+        return _new_version(client, name, f"{name}: guard of {model.pinned_uri}", origin, log_into, {**input_tags, **figures})
 
 
-def _log_onnx(client: MlflowClient, guard: Guard, experiment_id: str, run_id: str) -> str:
-    """Log a guarded model as a model of a run; its id."""
-    import onnx
+def _guard_metrics(guard: GuardReport) -> dict[str, float]:
+    metrics = {
+        "threshold": guard.threshold.value,
+        "false_positive_rate": guard.threshold.false_positive_rate.value,
+        "clean_accuracy": guard.clean_accuracy.value,
+    }
+    if guard.threshold.detection_rate is not None:
+        metrics["detection_rate"] = guard.threshold.detection_rate.value
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
-    graph = guard.model.graph
-    dtypes = {onnx.TensorProto.FLOAT: np.dtype(np.float32), onnx.TensorProto.BOOL: np.dtype(np.bool_)}
-    fixed = graph.input[0].type.tensor_type.shape.dim[0].dim_value or -1
+
+def _log_guard(client: MlflowClient, guard: Guard, experiment_id: str, run_id: str) -> str:
+    """Log a guarded model as a model of a run; its id. The input has no name in the signature, so that it takes what the
+    guarded model takes."""
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    batch = guard.report.subject.batch_size or -1
     outputs: list[ColSpec | TensorSpec] = [
         TensorSpec(
-            dtypes[output.type.tensor_type.elem_type],
-            (fixed, *(dimension.dim_value or -1 for dimension in output.type.tensor_type.shape.dim[1:])),
+            np.dtype(tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)),
+            (batch, guard.report.subject.class_count) if index == 0 else (batch,),
             output.name,
         )
-        for output in graph.output
+        for index, output in enumerate(guard.model.graph.output)
     ]
-    inputs: list[ColSpec | TensorSpec] = [TensorSpec(guard.example.dtype, (fixed, *guard.example.shape[1:]), graph.input[0].name)]
+    inputs: list[ColSpec | TensorSpec] = [TensorSpec(guard.example.dtype, (batch, *guard.example.shape[1:]))]
     with _logged_model(client, experiment_id, run_id) as (described, folder):
         mlflow.onnx.save_model(
             guard.model,
             folder,
             mlflow_model=described,
             signature=ModelSignature(Schema(inputs), Schema(outputs)),
-            input_example={graph.input[0].name: guard.example[: max(fixed, 1)]},
-            pip_requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={_onnxruntime_version()}"],
+            input_example=guard.example,
+            pip_requirements=[f"onnxruntime>={_onnxruntime_version()}"],
             save_as_external_data=False,
         )
     return str(described.model_id)

@@ -522,3 +522,31 @@ class RepairReport:
     flip_rate_before: Rate
     flip_rate_after: Rate
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------- the guard
+
+
+@dataclass(frozen=True)
+class GuardReport:
+    """What a guard does, measured with its own file on images that neither taught it nor chose its threshold.
+
+    Attributes:
+        model: what it guards.
+        threshold: an input whose suspicion lies above ``threshold.value`` is suspicious; ``rule`` says what was asked for.
+            ``threshold.false_positive_rate`` is that of all clean test images, the misclassified included;
+            ``threshold.detection_rate`` that of test images which the most suspicious recovered trigger sends to its class, None
+            when that was not measured. What the attacker's own trigger does can only be measured by whoever has that.
+        wanted_false_positive_rate: the rate that the threshold was chosen for, on ``calibration_count`` images.
+        trigger: the most suspicious recovered trigger, with its success rate.
+        detection_missing: why there is no detection rate; empty when there is one.
+    """
+
+    model: ModelRef
+    subject: SubjectSummary
+    threshold: Threshold
+    wanted_false_positive_rate: float
+    calibration_count: int
+    clean_accuracy: Rate
+    trigger: TriggerEvidence | None = None
+    detection_missing: str = ""

@@ -221,11 +221,11 @@ def _detections(outcomes: Sequence[Outcome]) -> str:
     texts = []
     for outcome in outcomes:
         if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores):
-            for threshold in outcome.measurement.thresholds:
+            for threshold in outcome.measurement.thresholds[:1]:  # the one that decides
                 if threshold.detection_rate is not None:
                     texts.append(
                         f"{outcome.check} flags {_percent(threshold.detection_rate)} of them and "
-                        f"{_percent(threshold.false_positive_rate)} of clean images ({threshold.rule})"
+                        f"{_percent(threshold.false_positive_rate)} of clean images"
                     )
     return "; ".join(texts)
 

@@ -1,10 +1,12 @@
 """Benchmarks, as ratios measured side by side in one run.
 
 python -m pipelines.benchmark overhead    the layer-wise scoring session against the bare forward session
+python -m pipelines.benchmark guard       a guarded model against the bare model; fails above a time ratio of 1.15
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import statistics
@@ -12,22 +14,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import onnx
 import typer
-from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
 from audit_plugin.checks import LayerwiseScorer
 from audit_plugin.model.export import LOGITS, save
+from audit_plugin.model.guarded import IS_SUSPICIOUS, SUSPICION, guarded_model
 from audit_plugin.model.load import Network
 from audit_plugin.model.reductions import append_layerwise_score
 from audit_plugin.model.runtime import Session
-from audit_plugin.model.subject import prepare_subject
+from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.model.torch_graph import plain_graph
 from audit_plugin.types import FloatArray, InputSpec
 
@@ -49,30 +52,60 @@ def overhead(
     batch: Annotated[int, typer.Option(help="Images in one batch.")] = 128,
 ) -> None:
     """Time and peak memory of the layer-wise scoring session over the bare forward session: ResNet-18 with the CIFAR-10 stem."""
+    subject = _subject()
+    scored = _append_score(subject)(subject.onnx_model, score=LayerwiseScorer.name)
+    bare, scoring = (LOGITS,), (LOGITS, LayerwiseScorer.name)
+    models = {"bare forward": (subject.onnx_model, bare), "with layer-wise score": (scored, scoring)}
+    _compare(models, images, rounds, batch)
+
+
+@app.command()
+def guard(
+    images: Annotated[int, typer.Option(help="Images scored in one pass.")] = 2000,
+    rounds: Annotated[int, typer.Option(help="Passes of each session, in turn.")] = 5,
+    batch: Annotated[int, typer.Option(help="Images in one batch.")] = 128,
+    limit: Annotated[float, typer.Option(help="Largest time ratio (median) that is accepted.")] = 1.15,
+) -> None:
+    """Time and peak memory of a guarded ResNet-18 (CIFAR-10 stem) over the bare model: exit code 1 above the limit."""
+    subject = _subject()
+    guarded = guarded_model(subject.network, _append_score(subject), threshold=1.0)
+    outputs = (LOGITS, SUSPICION, IS_SUSPICIOUS)
+    models = {"bare model": (subject.onnx_model, (LOGITS,)), "guarded model": (guarded, outputs)}
+    ratio = _compare(models, images, rounds, batch)
+    if ratio > limit:
+        _console.print(f"the time ratio is above {limit}", style="red")
+        raise typer.Exit(1)
+
+
+def _compare(models: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]], images: int, rounds: int, batch: int) -> float:
+    """Run two models in turn, each with the outputs named; print time and memory, return the median ratio of their times."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, _SIZE, _SIZE, 3)).astype(np.uint8)
     with tempfile.TemporaryDirectory() as temporary:
-        bare, scoring = Path(temporary) / "bare.onnx", Path(temporary) / "scoring.onnx"
-        _export_both(bare, scoring)
-        pixels = np.random.default_rng(0).integers(0, 256, (images, _SIZE, _SIZE, 3)).astype(np.uint8)
-        sessions = {path: Session(path) for path in (bare, scoring)}
-        outputs = {bare: [LOGITS], scoring: [LOGITS, LayerwiseScorer.name]}
-        times: dict[Path, list[float]] = {bare: [], scoring: []}
+        files = {name: Path(temporary) / f"{index}.onnx" for index, name in enumerate(models)}
+        for name, (model, outputs) in models.items():
+            save(_only(model, outputs), files[name])
+        sessions = {name: Session(file) for name, file in files.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
         for _ in range(rounds + 1):  # the first round warms up
-            for path, session in sessions.items():
+            for name, session in sessions.items():
                 started = time.perf_counter()
-                for _rows, _values in session.stream(pixels, outputs[path], batch=batch):
+                for _rows, _values in session.stream(pixels, models[name][1], batch=batch):
                     pass
-                times[path].append(time.perf_counter() - started)
-        provider = sessions[bare].provider
-        memory = {path: _peak_memory(path, outputs[path], images, batch) for path in (bare, scoring)}
-    ratios = [after / before for before, after in zip(times[bare][1:], times[scoring][1:], strict=True)]
+                times[name].append(time.perf_counter() - started)
+        memory = {name: _peak_memory(file, models[name][1], images, batch) for name, file in files.items()}
+    bare, more = models
+    ratios = [after / before for before, after in zip(times[bare][1:], times[more][1:], strict=True)]
+    provider = sessions[bare].provider
     table = Table("session", "seconds (median)", "peak memory, MiB", title=f"{images} images, batches of {batch}, {provider}")
-    for name, path in (("bare forward", bare), ("with layer-wise score", scoring)):
-        table.add_row(name, f"{statistics.median(times[path][1:]):.2f}", f"{memory[path]:.0f}")
+    for name in models:
+        table.add_row(name, f"{statistics.median(times[name][1:]):.2f}", f"{memory[name]:.0f}")
     _console.print(table)
+    ratio = statistics.median(ratios)
     _console.print(
-        f"time ratio: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
-        f"memory difference: {memory[scoring] - memory[bare]:+.0f} MiB"
+        f"time ratio: median {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
+        f"memory difference: {memory[more] - memory[bare]:+.0f} MiB"
     )
+    return ratio
 
 
 @app.command(hidden=True)
@@ -84,14 +117,14 @@ def peak_memory(model: Path, outputs: str, images: int, batch: int) -> None:
     sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def _peak_memory(model: Path, outputs: list[str], images: int, batch: int) -> float:
+def _peak_memory(model: Path, outputs: Sequence[str], images: int, batch: int) -> float:
     command = [sys.executable, "-m", "pipelines.benchmark", "peak-memory", str(model), ",".join(outputs), str(images), str(batch)]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(finished.stdout))
 
 
-def _export_both(bare: Path, scoring: Path) -> None:
-    """Untrained weights, since speed does not depend on them; every layer that any class may sum is scored, the worst case."""
+def _subject() -> Subject:
+    """Untrained weights, since speed does not depend on them."""
     import torch
 
     from audit_plugin.zoo.architectures import CifarResNet18
@@ -100,30 +133,28 @@ def _export_both(bare: Path, scoring: Path) -> None:
     program = torch.export.export(CifarResNet18(_CLASSES).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     network = Network(plain_graph(program), (-1, 3, _SIZE, _SIZE), _CLASSES, None, False)
     names = tuple(str(label) for label in range(_CLASSES))
-    subject = prepare_subject(network, InputSpec(_SIZE, _SIZE, 3), flavour="pt2", class_names=names)
+    return prepare_subject(network, InputSpec(_SIZE, _SIZE, 3), flavour="pt2", class_names=names)
+
+
+def _append_score(subject: Subject) -> Callable[..., onnx.ModelProto]:
+    """Adds the layer-wise score of every layer that any class may sum, the worst case."""
     layers = (*subject.summary.taps, LOGITS)
-    used = layers[len(layers) // 2 - 2 :]  # all that any class may sum
+    used = layers[len(layers) // 2 - 2 :]
     values = subject.session.run(np.zeros((1, 3, _SIZE, _SIZE), dtype=np.float32), used)
     rng = np.random.default_rng(0)
     centroids: dict[str, FloatArray] = {layer: rng.random((_CLASSES, values[layer].size), dtype=np.float32) for layer in used}
     ones = np.ones(_CLASSES, dtype=np.float32)
-    scored = append_layerwise_score(
-        subject.onnx_model,
-        centroids=centroids,
-        weights=np.ones((_CLASSES, len(used)), dtype=np.float32),
-        mean=ones,
-        deviation=ones,
-        score=LayerwiseScorer.name,
-    )
-    save(scored, scoring)
-    save(_only_logits(subject.onnx_model), bare)
+    weights = np.ones((_CLASSES, len(used)), dtype=np.float32)
+    return functools.partial(append_layerwise_score, centroids=centroids, weights=weights, mean=ones, deviation=ones)
 
 
-def _only_logits(model: onnx.ModelProto) -> onnx.ModelProto:
+def _only(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Without the other outputs, whose computing or copying would be timed too."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
+    kept = [output for output in model.graph.output if output.name in outputs]
     del copied.graph.output[:]
-    copied.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [None, _CLASSES]))
+    copied.graph.output.extend(kept)
     return copied
 
 

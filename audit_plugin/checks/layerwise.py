@@ -151,7 +151,11 @@ def class_statistics(
 
 
 class FittedLayerwise(FittedScorer):
-    """``append_to(model, score=name)`` adds the fitted score to any export of the network with the same taps."""
+    """The fitted check.
+
+    ``append_to(model, score=name)`` adds the fitted score to any export of the network with the same taps; ``deviations``,
+    (classes,), are those of the sum of cosines over clean images of the class.
+    """
 
     profile_quantity = "cosine similarity to the centroid of the predicted class"
 
@@ -167,6 +171,7 @@ class FittedLayerwise(FittedScorer):
     ) -> None:
         self.session = session
         self.append_to = append_to
+        self.deviations = statistics.deviation
         self.profile_layers = kept
         self.own_thresholds = {f"tau = {check.tau:g}": check.tau}
         self.facts = {

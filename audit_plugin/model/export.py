@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LOGITS = "logits"
 PIXELS = "pixels"
+PROBABILITIES = "audit_probabilities"
 _SMALLEST_PROBABILITY = 1e-12
 
 
@@ -118,7 +119,7 @@ def _export_onnx(model: onnx.ModelProto, network: Network, spec: InputSpec) -> E
     taps = choose_onnx_taps(model)
     exposed = expose(model, taps, spec)
     if network.gives_probabilities:
-        _append_logarithm(exposed)
+        append_logarithm(exposed)
     names = tuple(tap.name for tap in taps)
     try:
         module = OnnxModule(exposed, [*names, LOGITS]).eval()
@@ -131,10 +132,9 @@ def _for_any_batch(module: nn.Module, batch_size: int | None) -> nn.Module:
     return module if batch_size is None else InBatches(module, batch_size)
 
 
-def _append_logarithm(model: onnx.ModelProto) -> None:
-    """Turn an output of probabilities into logits (up to a constant a row)."""
-    graph = model.graph
-    prefix = "audit_probabilities"
+def append_logarithm(model: onnx.ModelProto) -> None:
+    """Turn an output of probabilities into logits (up to a constant a row); they stay in the graph as ``audit_probabilities``."""
+    graph, prefix = model.graph, PROBABILITIES
     for node in graph.node:
         for index, name in enumerate(node.output):
             if name == LOGITS:

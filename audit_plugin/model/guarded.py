@@ -1,4 +1,4 @@
-"""A model that says of every input whether it looks like a backdoor input: one ONNX file for plain ONNX Runtime."""
+"""A network with a score and a decision beside its answer, as one ONNX model for plain ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -7,44 +7,52 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
 
-from audit_plugin.model.export import LOGITS, PIXELS, export
+from audit_plugin.model.export import LOGITS, PIXELS, PROBABILITIES, append_logarithm, export
 from audit_plugin.model.load import Network
-from audit_plugin.model.reductions import GraphEditor
+from audit_plugin.model.onnx_graph import input_and_output, rename_values
+from audit_plugin.model.reductions import append_flag
 from audit_plugin.types import FloatArray, InputSpec
 
-SUSPICION, IS_SUSPICIOUS, PROBABILITIES, INPUT = "suspicion", "is_suspicious", "probabilities", "input"
+INPUT, SUSPICION, IS_SUSPICIOUS = "input", "suspicion", "is_suspicious"
+_SUSPICION, _IS_SUSPICIOUS = "audit_suspicion", "audit_is_suspicious"  # until the model has its last names
 
 
 def guarded_model(network: Network, append_to: Callable[..., onnx.ModelProto], threshold: float) -> onnx.ModelProto:
-    """The network on its own input scale, with a score and a decision beside its answer.
+    """A drop-in replacement for a network that also says how suspicious each input is.
+
+    Its input is the network's: scale and layout, a fixed batch size where there is one, and for an ONNX model the name;
+    a torch graph has none to keep, so that its input is called ``input``.
 
     Args:
-        network: its answer comes first: ``logits``, or ``probabilities`` where it gives those.
         append_to: adds the fitted score to an export, see :class:`audit_plugin.checks.layerwise.FittedLayerwise`.
-        threshold: an input whose ``suspicion`` is above it is suspicious.
+        threshold: an input whose suspicion lies above it is suspicious.
 
     Returns:
-        A model from ``input``, as the network takes it, to its answer (N, classes), ``suspicion`` float32 (N,) and
-        ``is_suspicious`` bool (N,).
+        A model with three outputs: the network's own answer (N, classes), under the name that it has in an ONNX
+        model, else ``logits`` or ``probabilities``; ``suspicion``, float32 (N,); ``is_suspicious``, bool (N,).
 
     Raises:
-        ExportError: see :func:`audit_plugin.model.export.export`.
+        ExportError, SubjectError: see :func:`audit_plugin.model.export.export`.
     """
-    scored = append_to(export(network, _own_scale(network.input_shape)).onnx_model, score=SUSPICION)
-    editor = GraphEditor.copy_of(scored, (SUSPICION, IS_SUSPICIOUS, PROBABILITIES))
-    editor.node("Greater", [SUSPICION, editor.constant("threshold", np.array(threshold, dtype=np.float32))], IS_SUSPICIOUS)
-    answer = editor.node("Exp", [LOGITS], PROBABILITIES) if network.gives_probabilities else LOGITS
-    guarded = editor.keep_outputs({LOGITS: ("classes",), SUSPICION: ()})
-    batch = guarded.graph.output[0].type.tensor_type.shape.dim[0]
-    decision = helper.make_tensor_value_info(IS_SUSPICIOUS, TensorProto.BOOL, [None])
-    decision.type.tensor_type.shape.dim[0].CopyFrom(batch)
-    guarded.graph.output.append(decision)
-    guarded.graph.output[0].name = answer
-    guarded.graph.node.insert(0, helper.make_node("Identity", [INPUT], [PIXELS]))
-    guarded.graph.input[0].name = INPUT
-    onnx.checker.check_model(guarded)
+    # Without the clamp and the logarithm that an audit needs: the answer stays what it was.
+    exported = export(dataclasses.replace(network, gives_probabilities=False), _own_scale(network.input_shape)).onnx_model
+    answer = onnx.ValueInfoProto()
+    answer.CopyFrom(next(output for output in exported.graph.output if output.name == LOGITS))
+    if network.gives_probabilities:
+        append_logarithm(exported)
+        answer.name = PROBABILITIES
+    scored = append_to(exported, score=_SUSPICION)
+    guarded = append_flag(scored, score=_SUSPICION, threshold=threshold, flag=_IS_SUSPICIOUS)
+    by_name = {output.name: output for output in guarded.graph.output}
+    outputs = [answer, by_name[_SUSPICION], by_name[_IS_SUSPICIOUS]]
+    del guarded.graph.output[:]
+    guarded.graph.output.extend(outputs)
+    input_name, answer_name = _names(network)
+    rename_values(
+        guarded,
+        {PIXELS: input_name, answer.name: answer_name, _SUSPICION: SUSPICION, _IS_SUSPICIOUS: IS_SUSPICIOUS},
+    )
     return guarded
 
 
@@ -58,4 +66,14 @@ def to_model_input(pixels: FloatArray, spec: InputSpec) -> FloatArray:
 def _own_scale(shape: tuple[int, ...]) -> InputSpec:
     """The identity for inputs of this shape (N, ., ., .), whichever of the axes holds the channels."""
     first, second, third = shape[1:]
-    return dataclasses.replace(InputSpec(second, third, first), mean=(0.0,) * first, std=(1.0,) * first)
+    return InputSpec(second, third, first, mean=(0.0,) * first, std=(1.0,) * first)
+
+
+def _names(network: Network) -> tuple[str, str]:
+    """What a deployer calls the input and the answer."""
+    answer = "probabilities" if network.gives_probabilities else LOGITS
+    if not isinstance(network.program, onnx.ModelProto):
+        return INPUT, answer
+    own_input, own_answer = input_and_output(network.program)
+    taken = (SUSPICION, IS_SUSPICIOUS)
+    return (INPUT if own_input in taken else own_input), (answer if own_answer in taken else own_answer)

@@ -222,7 +222,7 @@ def _check_weights(program: fx.GraphModule | onnx.ModelProto) -> None:
 
 def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], declared_batch: int) -> Network:
     """Run two small batches to learn the number of classes and whether the batch size is free."""
-    run = _runner(program)
+    run = runner(program)
     size = declared_batch if declared_batch > 0 else 3
     rng = np.random.default_rng(0)
     first, second = (rng.random((size, *shape[1:]), dtype=np.float32) for _ in range(2))
@@ -249,7 +249,8 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
     return Network(program, shape, classes, None if free else declared_batch, probabilities)
 
 
-def _runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
+def runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
+    """The function that a program is: a batch on its own scale and in its own layout to its answer (N, classes)."""
     if isinstance(program, onnx.ModelProto):
         session = Session(program.SerializeToString())
         return lambda batch: next(iter(session.run(batch).values()))

@@ -212,6 +212,18 @@ def expose(model: ModelProto, taps: Sequence[Tap], spec: InputSpec) -> ModelProt
     return _checked(exposed)
 
 
+def rename_values(model: ModelProto, names: Mapping[str, str]) -> None:
+    """Call values of the graph, its input and outputs included, by the names that ``names`` gives them; in place.
+
+    Other values that have such a name get another.
+    """
+    fresh = _Names(model.graph)
+    aside = {old: fresh.fresh(f"{old}_aside") for old in names}
+    _rename(model.graph, aside)
+    _rename(model.graph, _free_names(model.graph, names.values()))
+    _rename(model.graph, {aside[old]: new for old, new in names.items()})
+
+
 # ------------------------------------------------------------------------------------------------ reading a graph
 
 

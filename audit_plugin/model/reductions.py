@@ -123,6 +123,21 @@ def append_layerwise_score(
     return editor.keep_outputs({LOGITS: ("classes",), score: (), COSINES: ("layers",)})
 
 
+def append_flag(model: onnx.ModelProto, *, score: str, threshold: float, flag: str) -> onnx.ModelProto:
+    """Add an output ``flag``, bool (N,): whether the output ``score``, float32 (N,), lies above ``threshold``.
+
+    Returns:
+        A new model with the outputs of ``model``, then ``flag``.
+    """
+    editor = GraphEditor.copy_of(model, (flag,))
+    editor.node("Greater", [score, editor.constant("threshold", np.array(threshold, dtype=np.float32))], flag)
+    value = onnx.ValueInfoProto()
+    value.CopyFrom(next(output for output in model.graph.output if output.name == score))
+    value.name, value.type.tensor_type.elem_type = flag, TensorProto.BOOL
+    editor.model.graph.output.append(value)
+    return editor.model
+
+
 def append_norms(model: onnx.ModelProto, feature_map: FeatureMap) -> onnx.ModelProto:
     """Add the norms of every channel A_k of a feature map, over its positions (Cheng et al. 2020, arXiv 2002.12162).
 

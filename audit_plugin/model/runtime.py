@@ -66,7 +66,7 @@ class Session:
         self._input = self._session.get_inputs()[0].name
 
     def run(self, pixels: FloatArray, outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """The named outputs for pixels (N, channels, height, width), each (N, ...)."""
+        """The named outputs for pixels (N, channels, height, width), or whatever else the model takes, each (N, ...)."""
         names = list(outputs or self.outputs)
         if self.batch_size is None:
             return dict(zip(names, self._run_once(pixels, names), strict=True))

@@ -46,7 +46,7 @@ def test_every_input_scorer_has_a_reference(scorer):
 @pytest.fixture(scope="module")
 def fitted(digit_subject) -> Callable[[type[InputScorer]], FittedScorer]:
     """Each scorer fitted once, since some take seconds; fails if that changes the model."""
-    subject, split, images = digit_subject
+    subject, _, images = digit_subject
 
     @functools.cache
     def fit(scorer: type[InputScorer]) -> FittedScorer:
