@@ -68,7 +68,7 @@ class BenifulRepair(Repair):
     epochs: int = 5
     learning_rate: float = 0.01
     feature_weight: float = 0.5
-    growth: float = 4.0
+    growth: float = 12.0
     latent_size: int = 32
     steps: int = 600
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from audit_plugin.model.export import LOGITS
-from audit_plugin.model.reductions import COSINES, append_layerwise_score
+from audit_plugin.model.reductions import COSINES, append_flag, append_layerwise_score
 from audit_plugin.model.runtime import Session
 
 FEATURES, CLASSES = 6, 3
@@ -86,3 +86,22 @@ def test_layerwise_score_in_every_version_of_onnx(opset: int) -> None:
     expected = (mean[predicted] - (cosines * weights[predicted]).sum(axis=1)) / deviation[predicted]
     np.testing.assert_allclose(values["score"], expected, rtol=1e-4, atol=1e-4)  # divided by deviations from 0.1 up
     assert values["score"].shape == (30,)
+
+
+@pytest.mark.parametrize("opset", [7, 9, 13, 18, 23])
+def test_flag_is_a_score_above_its_threshold_in_every_version_of_onnx(opset: int) -> None:
+    ones = np.ones(CLASSES, dtype=np.float32)
+    centroids = {"tap": np.random.default_rng(3).normal(size=(CLASSES, FEATURES)).astype(np.float32)}
+    scored = append_layerwise_score(
+        chain(opset=opset), centroids=centroids, weights=ones[:, None], mean=ones, deviation=ones, score="score"
+    )
+    pixels = np.random.default_rng(4).normal(size=(40, FEATURES)).astype(np.float32)
+    threshold = float(Session(scored.SerializeToString()).run(pixels)["score"][7])  # one score lies on it, and is not above it
+    flagged = append_flag(scored, score="score", threshold=threshold, flag="flag")
+    onnx.checker.check_model(flagged, full_check=True)
+    assert [output.name for output in flagged.graph.output] == [*(output.name for output in scored.graph.output), "flag"]
+    values = Session(flagged.SerializeToString()).run(pixels)
+    assert (values["flag"].dtype, values["flag"].shape) == (np.bool_, (40,))
+    np.testing.assert_array_equal(values["flag"], values["score"] > np.float32(threshold))
+    assert not values["flag"][7]
+    assert 0 < values["flag"].sum() < 40
