@@ -11,10 +11,10 @@ these are ours:
 * Stand-ins are recovered triggers and, beside them, random patches, blends and warps (:mod:`audit_plugin.repair.surrogates`).
 * After every round the trigger of the class is searched again in the copy, since the first search seldom finds all of a
   backdoor. In a family where it is still less than ``growth`` times as large as at first, it joins the stand-ins of the next
-  round; larger ones are natural features, and unlearning those costs accuracy. Each round is gentler than the last. That no
-  small trigger is found any more is no reason to stop: on a public checkpoint the true one then still worked on 12 % of images.
-* Of the states after the rounds, the last one within the accuracy budget is kept, as far as the calibrate split can tell, and the
-  first one if none is. No true trigger is ever looked at.
+  round; larger ones are natural features, and unlearning those costs accuracy. Each round is gentler than the last. A third
+  round cost a network with a Blended backdoor three points of accuracy and removed nothing more.
+* Of the states after the rounds, the last one within the accuracy budget on the calibrate split is kept, the first one if none
+  is. No true trigger is ever looked at.
 * Normalisation keeps the statistics that the model was saved with.
 """
 
@@ -64,7 +64,7 @@ class BenifulRepair(Repair):
 
     name: ClassVar[str] = "beniful"
     accuracy_budget: float = 0.02
-    rounds: int = 3
+    rounds: int = 2
     epochs: int = 5
     learning_rate: float = 0.01
     feature_weight: float = 0.5
@@ -102,7 +102,7 @@ class BenifulRepair(Repair):
             right = predicted(module, held_out) == held_out_labels
             history.append({"calibrate_accuracy": _mean(right), "trigger_sizes": _smallest(found)})
             log.debug("Repair: %s", history[-1])
-            if kept is None or _within_budget(right_before, right, self.accuracy_budget):
+            if kept is None or _mean(right_before) - _mean(right) <= self.accuracy_budget:
                 kept = copy.deepcopy(module.state_dict())
             known.extend(trigger for trigger in found if trigger.size < self.growth * sizes.get(trigger.family, 0.0))
         module.load_state_dict(kept or {})
@@ -187,16 +187,6 @@ class _Benign:
         with torch.no_grad():
             benign = self.features(wanted, labels)
         return functional.mse_loss(clean, wanted) + functional.mse_loss(stamped, benign)
-
-
-def _within_budget(before: Tensor, after: Tensor, budget: float) -> bool:
-    """Whether the accuracy lost, less one standard error of the paired difference, is at most ``budget``.
-
-    A few hundred images cannot tell a loss of one point from one of two, and an earlier state may have the backdoor left in it.
-    Who measures the result on the test split has the last word on the budget.
-    """
-    lost = before.float() - after.float()
-    return float(lost.mean() - lost.std() / len(lost) ** 0.5) <= budget
 
 
 def _mean(right: Tensor) -> float:
