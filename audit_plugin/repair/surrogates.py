@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from audit_plugin.types import Trigger
 
-_RECOVERED_WEIGHT = 2  # a recovered trigger is drawn as often as two kinds of random ones
+_RECOVERED_SHARE = 0.6  # of the images get a recovered trigger, where there is one
 _LARGEST_PATCH = 0.2  # of the image's side
 _OPACITIES = (0.05, 0.3)
 _WARPS = (0.2, 1.7)  # mean displacement, in half pixels
@@ -25,18 +25,20 @@ class Surrogates:
 
     def __init__(self, triggers: Sequence[Trigger], generator: torch.Generator, device: torch.device) -> None:
         self._generator = generator
-        recovered = [_recovered(trigger, device) for trigger in triggers]
         self._kinds: list[Callable[[Tensor], Tensor]] = [
-            *(recovered * _RECOVERED_WEIGHT),
             lambda pixels: random_patch(pixels, generator),
             lambda pixels: random_blend(pixels, generator),
             lambda pixels: random_warp(pixels, generator),
+            *(_recovered(trigger, device) for trigger in triggers),
         ]
+        share = _RECOVERED_SHARE if triggers else 0.0
+        random, recovered = len(self._kinds) - len(triggers), len(triggers)
+        self._odds = torch.tensor([(1 - share) / random] * random + [share / max(recovered, 1)] * recovered)
 
     def stamp(self, pixels: Tensor) -> Tensor:
         """pixels (N, channels, height, width) in [0, 1] -> the same shape and range."""
         stamped = pixels.clone()
-        kinds = torch.randint(len(self._kinds), (len(pixels),), generator=self._generator).to(pixels.device)
+        kinds = torch.multinomial(self._odds, len(pixels), replacement=True, generator=self._generator).to(pixels.device)
         for index, kind in enumerate(self._kinds):
             rows = kinds == index
             if rows.any():

@@ -59,6 +59,14 @@ def test_the_facts_say_what_was_done(result):
     assert all(set(entry["trigger_sizes"]) == {"patch", "additive"} for entry in facts["rounds"])
     assert all(0.0 <= entry["calibrate_accuracy"] <= 1.0 for entry in facts["rounds"])
     assert facts["calibrate_accuracy_before"] > 0.9
+    assert set(facts["natural_sizes"]) == {"patch", "additive"}, "the triggers of the backdoor are smaller than other classes'"
+
+
+def test_a_natural_trigger_is_not_unlearned(attacked, other_class):
+    """A class without a backdoor: its trigger is no smaller than those of most classes, so it is no stand-in."""
+    natural = tuple(trigger for trigger in other_class if trigger.target_class != 7)
+    facts = repaired(attacked, natural).facts
+    assert facts["natural_sizes"] == {}
 
 
 def test_the_repaired_copy_is_a_subject_like_the_original(attacked, result):
