@@ -124,8 +124,14 @@ def test_each_image_gets_one_stand_in_and_the_recovered_one_gets_its_share():
     stamped = stamps.stamp(pixels)
     assert torch.equal(pixels, kept)
     covered = (stamped == 0.125).all(dim=(1, 2, 3)).float().mean()
-    # 2 of 5 kinds; four binomial deviations of 2,000 draws
-    assert abs(float(covered) - 0.4) < 4 * (0.4 * 0.6 / 2000) ** 0.5
+    # three fifths; four binomial deviations of 2,000 draws
+    assert abs(float(covered) - 0.6) < 4 * (0.4 * 0.6 / 2000) ** 0.5
+
+
+def test_without_a_recovered_trigger_the_random_ones_share_all_images():
+    pixels = pixels_of((600, 1, 16, 16), 7)
+    stamped = Surrogates([], generator(), torch.device("cpu")).stamp(pixels)
+    assert float((stamped != pixels).any(dim=(1, 2, 3)).float().mean()) > 0.99  # a warp leaves few images as they are
 
 
 def test_seed_decides_everything():
