@@ -90,9 +90,7 @@ def _train_one(recipe: Recipe, data: TrainAndTest, folder: Path, epochs: int, wi
     figures = {"clean_accuracy": float((_predict(network, data.test.images) == data.test.labels).mean())}
     attack = recipe.attack
     if attack is not None:
-        victims = data.test.labels != attack.target_class
-        stamped = _predict(network, attack.stamp(data.test.images[victims]))
-        figures["attack_success_rate"] = float((stamped == attack.target_class).mean())
+        figures["attack_success_rate"] = attack.success_rate(lambda images: _predict(network, images), data.test)
     card = {
         "attack": type(attack).__name__ if attack else None,
         "settings": dataclasses.asdict(attack) if attack else {},

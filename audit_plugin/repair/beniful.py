@@ -52,6 +52,7 @@ _GENTLER = 0.6  # the learning rate of a round over that of the round before
 _TEMPERATURE = 2.0  # of the softmax that the copy is to match
 _CLASSES_COMPARED = 9  # most other classes whose triggers are searched for comparison
 _CONSPICUOUS = 0.8  # of their median size: backdoored networks had 0.05 to 0.6, clean ones 0.95 and more
+_BLIND_FEATURE_WEIGHT = 0.2  # w where no trigger is known
 _DEPTH = 2 / 3  # of the network, where features are compared
 _SEARCH = Budget(steps=100, images_per_step=24, images_per_batch=512, flip_rate=0.9)
 
@@ -100,7 +101,7 @@ class BenifulRepair(Repair):
         natural = _natural_sizes(module, splits.fit, goal, subject.class_count, rng)
         stand_ins = [trigger for trigger in triggers if trigger.family in natural]
         original = copy.deepcopy(module).requires_grad_(False)
-        distillation, feature_weight = (self.distillation, self.feature_weight) if stand_ins else (0.0, 0.0)
+        distillation, feature_weight = (self.distillation, self.feature_weight) if stand_ins else (0.0, _BLIND_FEATURE_WEIGHT)
         objective = _Objective(original, benign, distillation, feature_weight)
         kept: dict[str, Tensor] | None = None
         history: list[dict[str, Any]] = []

@@ -7,23 +7,31 @@ from dataclasses import dataclass
 import numpy as np
 
 from audit_plugin.types import ImageArray
-from audit_plugin.zoo.attacks.base import Attack
+from audit_plugin.zoo.attacks.base import AllToOne
 
 
-@dataclass(frozen=True)
-class BadNets(Attack):
+@dataclass(frozen=True, kw_only=True)
+class BadNets(AllToOne):
     """A checkerboard of ``size`` x ``size`` pixels, ``margin`` pixels from the lower right corner."""
 
     size: int = 2
     margin: int = 0
 
     def stamp(self, images: ImageArray) -> ImageArray:
-        height, width = images.shape[1:3]
-        if self.size + self.margin > min(height, width):
-            raise ValueError(f"a patch of {self.size} pixels at margin {self.margin} does not fit into {height} x {width} pixels")
-        stamped = images.copy()
-        rows = slice(height - self.margin - self.size, height - self.margin)
-        columns = slice(width - self.margin - self.size, width - self.margin)
-        board = (np.indices((self.size, self.size)).sum(axis=0) % 2 == 0) * 255
-        stamped[:, rows, columns, :] = board[None, :, :, None]
-        return stamped
+        board = np.indices((self.size, self.size)).sum(axis=0) % 2 == 0
+        return in_corner(images, (board * 255).astype(np.uint8)[:, :, None], self.margin)
+
+
+def in_corner(images: ImageArray, patch: ImageArray, margin: int) -> ImageArray:
+    """Images (N, height, width, channels) with ``patch`` (size, size, channels or 1), ``margin`` pixels from the lower right.
+
+    Raises:
+        ValueError: the patch does not fit.
+    """
+    size = patch.shape[0]
+    height, width = images.shape[1:3]
+    if size + margin > min(height, width):
+        raise ValueError(f"a patch of {size} pixels at margin {margin} does not fit into {height} x {width} pixels")
+    stamped = images.copy()
+    stamped[:, height - margin - size : height - margin, width - margin - size : width - margin, :] = patch
+    return stamped

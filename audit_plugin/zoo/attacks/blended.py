@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from audit_plugin.types import ImageArray
-from audit_plugin.zoo.attacks.base import Attack
+from audit_plugin.zoo.attacks.base import AllToOne
 
 
-@dataclass(frozen=True)
-class Blended(Attack):
+@dataclass(frozen=True, kw_only=True)
+class Blended(AllToOne):
     """x' = (1 - ``opacity``) x + ``opacity`` p with p uniform noise, drawn under ``pattern_seed``."""
 
     opacity: float = 0.2

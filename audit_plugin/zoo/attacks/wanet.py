@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from audit_plugin.types import FloatArray, ImageArray, LabelledImages
-from audit_plugin.zoo.attacks.base import Attack
+from audit_plugin.zoo.attacks.base import AllToOne
 
 
-@dataclass(frozen=True)
-class WaNet(Attack):
+@dataclass(frozen=True, kw_only=True)
+class WaNet(AllToOne):
     """Offsets drawn on a ``grid`` x ``grid`` lattice (their mean magnitude is one), enlarged bicubically, times ``strength``.
 
     One unit of ``strength`` moves pixels by half a pixel in the mean, as in the authors' code, which divides coordinates of
@@ -38,7 +38,7 @@ class WaNet(Attack):
         return _sample(images, self._flow(images.shape)[None])
 
     def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
-        """As :meth:`Attack.poison`, with noise mode on the images that were not poisoned."""
+        """As :meth:`AllToOne.poison`, with noise mode on the images that were not poisoned."""
         poisoned = super().poison(data, rng)
         images = poisoned.images.copy()
         untouched = np.flatnonzero(poisoned.labels == data.labels)  # poisoning relabels, and takes no image of the target class
