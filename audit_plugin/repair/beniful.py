@@ -12,7 +12,7 @@ code and no settings of the paper are public, so these are ours:
 * Stand-ins are recovered triggers and, beside them, random patches, blends and warps (:mod:`audit_plugin.repair.surrogates`).
 * A recovered trigger is a stand-in only where it is clearly smaller than those of other classes. Every class has some trigger;
   unlearning a natural one took three points of accuracy from a clean network. Where none is smaller, what must go is not known,
-  and so neither is what may stay: then random stand-ins and labels alone teach (u = w = 0), which still removes a warp.
+  and so neither is what may stay: then random stand-ins and labels teach (u = 0, w = 0.2), which still removes a warp.
 * After every round the trigger of the class is searched again in the copy, since the first search seldom finds all of a
   backdoor. While it is still smaller than those of other classes, it joins the stand-ins of the next round. Each round is gentler
   than the last.
