@@ -29,6 +29,7 @@ from audit_plugin.types import AuditReport, InputScores, Measured, Rate, Trigger
 MOST_LINES = 25
 LINE_WIDTH = 260
 LONGEST_COMMAND = 1000
+_LONGEST_URI = 200
 MARKDOWN_LIMIT = 1500
 _MOST_REASONS = 5
 _MOST_SCORERS = 5
@@ -41,7 +42,7 @@ def render_text(report: AuditReport) -> str:
     """A terse plain-text summary of at most 25 lines, without any control character but the line feed."""
     decision = report.decision
     lines = [
-        f"{verdict_word(decision.verdict).upper()}  {clean_text(report.model.pinned_uri, 90)}",
+        f"{verdict_word(decision.verdict).upper()}  {clean_text(report.model.pinned_uri, _LONGEST_URI)}",
         f"  {verdict_sentence(report)}",
     ]
     if decision.suspected_class is not None:

@@ -32,6 +32,21 @@ def digits(*, seed: int, size: int = 16, train_fraction: float = 0.6) -> TrainAn
     return TrainAndTest(LabelledImages(images[first], labels[first]), LabelledImages(images[second], labels[second]))
 
 
+def imbalanced(data: LabelledImages, *, seed: int, least: float = 0.1) -> LabelledImages:
+    """A subset whose classes shrink geometrically, in random order, from all images of a class to the share ``least`` of one."""
+    rng = np.random.default_rng(seed)
+    classes = rng.permutation(np.unique(data.labels))
+    shares = np.geomspace(1.0, least, len(classes))
+    kept = [
+        rng.choice(members, size=max(round(share * len(members)), 1), replace=False)
+        for share, members in (
+            (share, np.flatnonzero(data.labels == label)) for share, label in zip(shares, classes, strict=True)
+        )
+    ]
+    rows = np.sort(np.concatenate(kept))
+    return LabelledImages(data.images[rows], data.labels[rows])
+
+
 def cifar10(folder: Path) -> TrainAndTest:
     """CIFAR-10, uint8 (N, 32, 32, 3), 10 classes.
 

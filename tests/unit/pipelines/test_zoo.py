@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,10 +29,9 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def run(folder, data_dir, *more):
-    return CliRunner().invoke(
-        zoo.app, ["train", str(folder), "--data-dir", str(data_dir), "--epochs", "1", "--width", "4", *more]
-    )
+def run(folder, data_dir, *more, recipe="cifar10-five"):
+    settings = ["--recipe", recipe, "--data-dir", str(data_dir), "--epochs", "1", "--width", "4"]
+    return CliRunner().invoke(zoo.app, ["train", str(folder), *settings, *more])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def test_every_model_is_there_with_its_card(trained):
     assert attacks == {"badnets": "BadNets", "blended": "Blended", "wanet": "WaNet", "clean_a": None, "clean_b": None}
     for name, attack in attacks.items():
         card = card_of(trained, name)
-        assert (card["epochs"], card["width"]) == (1, 4)
+        assert (card["epochs"], card["width"], card["architecture"], card["hardness"]) == (1, 4, "resnet18", None)
+        assert card["sha256"] == hashlib.sha256((trained / name / zoo.MODEL).read_bytes()).hexdigest()
         assert 0.0 <= card["clean_accuracy"] <= 1.0
         assert ("attack_success_rate" in card) == (attack is not None)
     assert len({card_of(trained, name)["seed"] for name in NAMES}) == len(NAMES)
@@ -92,3 +94,39 @@ def test_an_unknown_model_is_an_error_that_names_the_known_ones(data_dir, tmp_pa
     assert result.exit_code == 2
     assert "no model is named badnet" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_recipe_names_the_nearest(data_dir, tmp_path):
+    result = run(tmp_path, data_dir, recipe="cifar10-smal")
+    assert result.exit_code == 2
+    assert "cifar10-small" in result.output
+
+
+def test_every_architecture_and_hardness_trains_and_exports(data_dir, tmp_path):
+    names = ["clean_vgg_0", "badnets_mobilenet", *(f"clean_resnet18_{kind}" for kind in zoo._HARDNESSES)]
+    result = run(tmp_path, data_dir, *(word for name in names for word in ("--only", name)), recipe="cifar10-small")
+    assert result.exit_code == 0, result.output
+    for name in names:
+        card = card_of(tmp_path, name)
+        assert card["architecture"] in name
+        assert card["hardness"] is None or name.endswith(card["hardness"])
+        model = torch.export.load(str(tmp_path / name / zoo.MODEL)).module()
+        assert model(torch.zeros(7, 3, 32, 32)).shape == (7, 10)
+
+
+def test_the_small_recipe_is_a_balanced_zoo():
+    recipes = zoo.cifar10_small()
+    assert len({recipe.name for recipe in recipes}) == len({recipe.seed for recipe in recipes}) == len(recipes)
+    clean = [recipe for recipe in recipes if recipe.attack is None]
+    attacked = [recipe for recipe in recipes if recipe.attack is not None]
+    assert len(clean) >= 40
+    assert sum(recipe.hardness is not None for recipe in clean) == 8
+    assert len(attacked) >= 32
+    assert all(recipe.hardness is None for recipe in attacked), "a backdoored model differs from a clean one in its attack alone"
+    assert len({recipe.name.rsplit("_", 1)[0] for recipe in attacked}) >= 8
+    assert len({recipe.architecture for recipe in attacked}) == 3
+    targets = Counter(recipe.attack.target_class for recipe in attacked if hasattr(recipe.attack, "target_class"))
+    assert set(targets) == set(range(10))
+    assert max(targets.values()) <= 5
+    first = recipes[: len(recipes) // 2]
+    assert 0.4 < sum(recipe.attack is None for recipe in first) / len(first) < 0.6, "half-trained it is balanced too"

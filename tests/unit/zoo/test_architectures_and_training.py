@@ -1,0 +1,71 @@
+"""The zoo's other networks, imbalanced classes, and adversarial training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from audit_plugin.types import LabelledImages
+from audit_plugin.zoo.architectures import ARCHITECTURES, SmallCnn
+from audit_plugin.zoo.data import imbalanced
+from audit_plugin.zoo.train import _moved, initialised, train
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_network_has_its_classes_and_grows_with_its_width(name):
+    narrow, wide = (initialised(lambda width=width: ARCHITECTURES[name](7, width), 0).eval() for width in (8, 16))
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        assert narrow(images).shape == wide(images).shape == (3, 7)
+        torch.testing.assert_close(narrow(images[1:])[0], narrow(images)[1], atol=1e-5, rtol=1e-4)
+
+    def size(network):
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    assert size(wide) > 2 * size(narrow)
+
+
+def test_vgg_and_mobilenet_keep_small_images_large():
+    """Stride 1 at the start: the last feature map of a 32 x 32 image has 4 x 4 places."""
+    images = torch.rand(1, 3, 32, 32)
+    assert ARCHITECTURES["vgg"](10, 8)[0](images).shape[2:] == (4, 4)
+    assert ARCHITECTURES["mobilenet"](10, 8).features(images).shape[2:] == (4, 4)
+
+
+def test_imbalance_shrinks_classes_geometrically():
+    places = np.arange(1000)
+    data = LabelledImages(np.stack([places // 250, places % 250], axis=1).astype(np.uint8).reshape(1000, 1, 2, 1), places % 5)
+    found = imbalanced(data, seed=0, least=1 / 16)
+    counts = np.bincount(found.labels)
+    np.testing.assert_array_equal(np.sort(counts), [12, 25, 50, 100, 200])
+    kept = found.images[:, 0, 0, 0] * 250.0 + found.images[:, 0, 1, 0]
+    np.testing.assert_array_equal(kept % 5, found.labels, err_msg="every image keeps its label")
+    assert len(set(kept)) == len(kept)
+    again, other = imbalanced(data, seed=0, least=1 / 16), imbalanced(data, seed=1, least=1 / 16)
+    np.testing.assert_array_equal(again.labels, found.labels)
+    assert not np.array_equal(np.bincount(other.labels), counts)
+
+
+def test_an_adversarial_step_stays_within_its_bounds_and_raises_the_loss():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    pixels = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(32) % 4
+    moved = _moved(model, pixels, labels, 0.1, torch.Generator().manual_seed(1))
+    assert float((moved - pixels).abs().max()) <= 0.1 + 1e-6
+    assert 0.0 <= float(moved.min()) <= float(moved.max()) <= 1.0
+    assert functional.cross_entropy(model(moved), labels) > functional.cross_entropy(model(pixels), labels)
+    assert all(parameter.grad is None for parameter in model.parameters()), "nothing is left in the weights' gradients"
+
+
+def test_weight_decay_and_adversarial_steps_change_what_is_learnt():
+    rng = np.random.default_rng(0)
+    data = LabelledImages(rng.integers(0, 256, (96, 8, 8, 3)).astype(np.uint8), np.arange(96) % 4)
+    plain, decayed, hardened = (
+        train(initialised(lambda: SmallCnn(3, 4, width=4), 0), data, epochs=1, seed=0, **settings).classifier.weight
+        for settings in ({}, {"weight_decay": 5.0}, {"adversarial": 0.1})
+    )
+    assert float(decayed.detach().norm()) < 0.99 * float(plain.detach().norm())  # two steps, each of up to 5 * 0.01 of a weight
+    assert not torch.allclose(plain, hardened, atol=1e-4)
