@@ -113,6 +113,16 @@ class OneFormat(enum.StrEnum):
     JSON = "json"
 
 
+# Options that several commands share.
+PolicyOption = Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")]
+OneFormatOption = Annotated[OneFormat, typer.Option("--format", help="What goes to stdout.")]
+AllowPickleOption = Annotated[
+    bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")
+]
+RequireGpuOption = Annotated[bool, typer.Option("--require-gpu", help="Fail instead of running on the CPU.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines on stderr.")]
+
+
 @app.command(epilog=_EXAMPLES)
 def run(
     model: Annotated[
@@ -131,7 +141,7 @@ def run(
     suspects: Annotated[
         str | None, typer.Option(help="Inputs to score one by one: a folder, an .npz, or an artifact URI; labels not needed.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")] = None,
+    policy: PolicyOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report's files.")] = None,
     formats: Annotated[
         str, typer.Option("--format", help="Any of text, json, html, csv, parquet, by commas. Text, else JSON, goes to stdout.")
@@ -140,11 +150,9 @@ def run(
     log: Annotated[
         LogChoice, typer.Option(help="Log the report to MLflow; 'auto' does so when the model came from there.")
     ] = LogChoice.AUTO,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")
-    ] = False,
-    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Fail instead of running on the CPU.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines on stderr.")] = False,
+    allow_pickle: AllowPickleOption = False,
+    require_gpu: RequireGpuOption = False,
+    verbose: VerboseOption = False,
 ) -> int:
     """Audit one model and say pass, fail or inconclusive."""
     _configure_logging(verbose)
@@ -185,17 +193,15 @@ def repair(
     accuracy_budget: Annotated[
         float | None, typer.Option(help="Most clean accuracy that the repair may cost; 0.02 are two points. Else the policy's.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")] = None,
+    policy: PolicyOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of splits, search and repair; the same seed gives the same result.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the repaired file of a model that is not registered.")
     ] = None,
-    format_: Annotated[OneFormat, typer.Option("--format", help="What goes to stdout.")] = OneFormat.TEXT,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")
-    ] = False,
-    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Fail instead of running on the CPU.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines on stderr.")] = False,
+    format_: OneFormatOption = OneFormat.TEXT,
+    allow_pickle: AllowPickleOption = False,
+    require_gpu: RequireGpuOption = False,
+    verbose: VerboseOption = False,
 ) -> int:
     """Repair a backdoored model: register the repaired copy as the next version, and audit that at once."""
     _configure_logging(verbose)
@@ -247,17 +253,15 @@ def guard(
     name: Annotated[
         str | None, typer.Option(help="Registered model that the guard becomes a version of; else the model's with '-guard'.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")] = None,
+    policy: PolicyOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of splits and search; the same seed gives the same guard.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="ONNX file to write; needed for a model that is not in MLflow.")
     ] = None,
-    format_: Annotated[OneFormat, typer.Option("--format", help="What goes to stdout.")] = OneFormat.TEXT,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")
-    ] = False,
-    require_gpu: Annotated[bool, typer.Option("--require-gpu", help="Fail instead of running on the CPU.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More log lines on stderr.")] = False,
+    format_: OneFormatOption = OneFormat.TEXT,
+    allow_pickle: AllowPickleOption = False,
+    require_gpu: RequireGpuOption = False,
+    verbose: VerboseOption = False,
 ) -> int:
     """Make a guarded model: one ONNX file that answers as the model does and says which inputs are suspicious."""
     _configure_logging(verbose)

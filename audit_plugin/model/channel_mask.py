@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from audit_plugin.errors import InapplicableError
 from audit_plugin.model.export import LOGITS
 from audit_plugin.model.load import Network
-from audit_plugin.model.onnx_graph import _element_types, _Names, _reads, _rename, _subgraphs, choose_onnx_taps
+from audit_plugin.model.onnx_graph import (
+    FreshNames,
+    choose_onnx_taps,
+    element_types,
+    nodes_between,
+    reads,
+    rename_in,
+    value_names,
+)
 from audit_plugin.model.reductions import GraphEditor
 from audit_plugin.model.taps import Tap
 from audit_plugin.model.torch_graph import choose_graph_taps
@@ -55,7 +63,7 @@ def _with_torch_mask(program: fx.GraphModule, tap: str, mask: NDArray[np.bool_])
     value = node.meta["val"]
     _check_fit(mask, tap, tuple(size if isinstance(size, int) else -1 for size in value.shape))
     buffer = torch.from_numpy(mask).to(value.dtype)
-    attribute = _fresh("channel_mask", {name for name, _ in masked.named_buffers()} | set(dir(masked)))
+    attribute = FreshNames([*(name for name, _ in masked.named_buffers()), *dir(masked)]).fresh("channel_mask")
     masked.register_buffer(attribute, buffer)
     with masked.graph.inserting_after(node):
         stored = masked.graph.get_attr(attribute)
@@ -74,9 +82,9 @@ def _with_onnx_mask(program: onnx.ModelProto, tap: str, mask: NDArray[np.bool_])
     masked = onnx.ModelProto()
     masked.CopyFrom(program)
     graph = masked.graph
-    element = _element_types(graph).get(value, TensorProto.FLOAT)
+    element = element_types(graph).get(value, TensorProto.FLOAT)
     _refuse_quantised(element, tap)
-    names = _Names(graph)
+    names = FreshNames(value_names(graph))
     # The value keeps its name, which its tap may be called after; what read it reads the product instead.
     product, stored, factor = (names.fresh(f"{value}_{ending}") for ending in ("masked", "channel_mask", "channel_factor"))
     described = [value_info for value_info in graph.value_info if value_info.name == value]
@@ -84,7 +92,7 @@ def _with_onnx_mask(program: onnx.ModelProto, tap: str, mask: NDArray[np.bool_])
         sizes = value_info.type.tensor_type.shape.dim
         _check_fit(mask, tap, tuple(size.dim_value if size.HasField("dim_value") else -1 for size in sizes))
     unmasked = [copy.deepcopy(value_info) for value_info in described]
-    _rename(graph, {value: product})
+    rename_in(graph, {value: product})
     graph.value_info.extend(unmasked)
     nodes = list(graph.node)
     place, producer = next((index, node) for index, node in enumerate(nodes) if product in node.output)
@@ -114,14 +122,14 @@ def append_masked_logits(model: onnx.ModelProto, tap: str, masks: Sequence[NDArr
     """
     editor = GraphEditor.copy_of(model, (MASKED_LOGITS,))
     source = _value_of(model, tap)
-    element = _element_types(model.graph).get(source, TensorProto.FLOAT)
+    element = element_types(model.graph).get(source, TensorProto.FLOAT)
     _refuse_quantised(element, tap)
-    end = _end_after(list(model.graph.node), source)
+    end = nodes_between(model.graph.node, source, LOGITS)
     answers = []
     for index, mask in enumerate(masks):
         factor = editor.constant(f"mask_{index}", mask.astype(helper.tensor_dtype_to_np_dtype(element)))
         masked = editor.node("Mul", [source, factor], f"masked_{index}")
-        answers.append(_add_end(editor, end, source, masked, f"audit_mask_{index}_"))
+        answers.append(editor.copy_nodes(end, source, masked, f"audit_mask_{index}_")[LOGITS])
     editor.node("Concat", answers, MASKED_LOGITS, axis=1)
     return editor.keep_outputs({LOGITS: ("classes",), MASKED_LOGITS: ("masks_and_classes",)})
 
@@ -129,39 +137,10 @@ def append_masked_logits(model: onnx.ModelProto, tap: str, masks: Sequence[NDArr
 def _value_of(model: onnx.ModelProto, tap: str) -> str:
     """The value that the rest of the graph reads, where the tap's own name only publishes it."""
     producers = {name: node for node in model.graph.node for name in node.output if name}
-    read = {name for node in model.graph.node for name in _reads(node)}
+    read = {name for node in model.graph.node for name in reads(node)}
     while tap not in read and (node := producers.get(tap)) is not None and node.op_type in _PUBLISHING:
         tap = node.input[0]
     return tap
-
-
-def _end_after(nodes: Sequence[NodeProto], source: str) -> list[NodeProto]:
-    """The nodes that both depend on ``source`` and lead to the logits, in order."""
-    reached = {source}
-    for node in nodes:
-        if reached.intersection(_reads(node)):
-            reached.update(name for name in node.output if name)
-    needed, end = {LOGITS}, []
-    for node in reversed(nodes):
-        if needed.intersection(node.output) and source not in node.output:
-            needed.update(_reads(node))
-            if reached.intersection(node.output):
-                end.append(node)
-    return end[::-1]
-
-
-def _add_end(editor: GraphEditor, end: Sequence[NodeProto], source: str, replacement: str, prefix: str) -> str:
-    """A copy of ``end`` that reads ``replacement``; returns its logits."""
-    renamed = {name: f"{prefix}{name}" for node in end for name in node.output if name} | {source: replacement}
-    for node in end:
-        again = editor.model.graph.node.add()
-        again.CopyFrom(node)
-        again.name = f"{prefix}{node.name}" if node.name else ""
-        again.input[:] = [renamed.get(name, name) for name in node.input]
-        again.output[:] = [renamed.get(name, name) for name in node.output]
-        for subgraph in _subgraphs(again):
-            _rename(subgraph, renamed)
-    return renamed[LOGITS]
 
 
 def _node_of(taps: Sequence[Tap], name: str) -> str:
@@ -185,11 +164,3 @@ def _refuse_quantised(element: int, tap: str) -> None:
         raise InapplicableError(
             f"The channels of '{tap}' cannot be set to zero: it holds quantised values. Prune the model it was quantised from."
         )
-
-
-def _fresh(wish: str, taken: Collection[str]) -> str:
-    name, count = wish, 1
-    while name in taken:
-        count += 1
-        name = f"{wish}_{count}"
-    return name

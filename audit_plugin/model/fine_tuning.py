@@ -65,6 +65,15 @@ def fitting_steps(
         yield
 
 
+def one_cycle_momentum(
+    module: nn.Module, learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Nesterov momentum for all weights that may change, its rate rising to ``learning_rate`` and falling over ``steps``."""
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
+
+
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down the gradient, whose norm is held to one: without fresh batch statistics a large rate diverges otherwise."""
     optimizer.zero_grad()

@@ -144,23 +144,23 @@ def choose_onnx_taps(model: ModelProto) -> tuple[Tap, ...]:
         SubjectError: several inputs or outputs, or an output that does not depend on the input.
     """
     source, sink = input_and_output(model)
-    types = _element_types(model.graph)
+    types = element_types(model.graph)
     repeated = _repeated_blocks(model.graph)
-    read = {name for node in model.graph.node for name in _reads(node)} | {sink}
+    read = {name for node in model.graph.node for name in reads(node)} | {sink}
     owner = {source: source}  # value -> name of the GraphNode that computes it
     nodes: list[GraphNode] = []
     kinds: dict[str, NodeKind] = {}
     for node in model.graph.node:
-        reads = tuple(dict.fromkeys(owner[name] for name in _reads(node) if name in owner))
+        sources = tuple(dict.fromkeys(owner[name] for name in reads(node) if name in owner))
         results = [name for name in node.output if name in read]
         # A size read off the input carries no feature, so it does not make a node depend on the image.
-        if not reads or not results or node.op_type in ("Shape", "Size"):
+        if not sources or not results or node.op_type in ("Shape", "Size"):
             continue
         owner.update(dict.fromkeys(results, results[0]))
         kinds[results[0]] = _kind(node, results, types, kinds)
         path, block = _module_of(node, repeated)
         label = _sanitised(path or results[0])
-        nodes.append(GraphNode(results[0], kinds[results[0]], reads, label, _sanitised(block) if block else None))
+        nodes.append(GraphNode(results[0], kinds[results[0]], sources, label, _sanitised(block) if block else None))
     try:
         return choose_taps(nodes, source, owner.get(scores := _scores_value(model.graph, source, sink), scores))
     except ValueError as error:
@@ -189,9 +189,9 @@ def expose(model: ModelProto, taps: Sequence[Tap], spec: InputSpec) -> ModelProt
     exposed = ModelProto()
     exposed.CopyFrom(model)
     renamed = _free_names(exposed.graph, [PIXELS, LOGITS, *(tap.name for tap in taps)])
-    _rename(exposed.graph, renamed)
-    types = _element_types(exposed.graph)
-    names = _Names(exposed.graph)
+    rename_in(exposed.graph, renamed)
+    types = element_types(exposed.graph)
+    names = FreshNames(value_names(exposed.graph))
 
     before, constants = _preprocessing(spec, declared.type.tensor_type.elem_type, renamed.get(source, source), names)
     after: list[NodeProto] = []
@@ -217,11 +217,11 @@ def rename_values(model: ModelProto, names: Mapping[str, str]) -> None:
 
     Other values that have such a name get another.
     """
-    fresh = _Names(model.graph)
+    fresh = FreshNames(value_names(model.graph))
     aside = {old: fresh.fresh(f"{old}_aside") for old in names}
-    _rename(model.graph, aside)
-    _rename(model.graph, _free_names(model.graph, names.values()))
-    _rename(model.graph, {aside[old]: new for old, new in names.items()})
+    rename_in(model.graph, aside)
+    rename_in(model.graph, _free_names(model.graph, names.values()))
+    rename_in(model.graph, {aside[old]: new for old, new in names.items()})
 
 
 # ------------------------------------------------------------------------------------------------ reading a graph
@@ -239,7 +239,7 @@ def _initialiser_names(graph: GraphProto) -> set[str]:
     return {tensor.name for tensor in graph.initializer} | {tensor.values.name for tensor in graph.sparse_initializer}
 
 
-def _element_types(graph: GraphProto) -> dict[str, int]:
+def element_types(graph: GraphProto) -> dict[str, int]:
     """Element type of every value whose type is known."""
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -256,15 +256,36 @@ def _subgraphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
-def _reads(node: NodeProto) -> list[str]:
+def reads(node: NodeProto) -> list[str]:
     """Names of the values that a node reads, those that its subgraphs take from outside included."""
     names = [name for name in node.input if name]
     for graph in _subgraphs(node):
         own = _initialiser_names(graph) | {value.name for value in graph.input}
         own.update(name for inner in graph.node for name in inner.output)
-        used = [name for inner in graph.node for name in _reads(inner)] + [value.name for value in graph.output]
+        used = [name for inner in graph.node for name in reads(inner)] + [value.name for value in graph.output]
         names.extend(name for name in used if name not in own)
     return names
+
+
+def depending_on(nodes: Iterable[NodeProto], start: str, without: str = "") -> set[str]:
+    """Every value that is computed from ``start``, itself included, by paths that avoid ``without``."""
+    reached = {start}
+    for node in nodes:
+        if reached.intersection(reads(node)):
+            reached.update(name for name in node.output if name and name != without)
+    return reached
+
+
+def nodes_between(nodes: Sequence[NodeProto], source: str, result: str) -> list[NodeProto]:
+    """The nodes that both depend on ``source`` and lead to ``result``, in order; none where the result does not depend on it."""
+    following = depending_on(nodes, source) - {source}
+    needed, between = {result}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(reads(node))
+            if following.intersection(node.output):
+                between.append(node)
+    return between[::-1]
 
 
 def _kind(node: NodeProto, results: Sequence[str], types: Mapping[str, int], kinds: Mapping[str, NodeKind]) -> NodeKind:
@@ -341,11 +362,11 @@ def _sanitised(name: str) -> str:
 # ------------------------------------------------------------------------------------------------ rewriting a graph
 
 
-class _Names:
-    """Value names that the graph does not use yet."""
+class FreshNames:
+    """Names that nothing has yet."""
 
-    def __init__(self, graph: GraphProto) -> None:
-        self._taken = set(_all_names(graph))
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = set(taken)
 
     def fresh(self, wish: str) -> str:
         name, count = wish, 1
@@ -356,26 +377,26 @@ class _Names:
         return name
 
 
-def _all_names(graph: GraphProto) -> Iterator[str]:
+def value_names(graph: GraphProto) -> Iterator[str]:
     """Every value name in the graph and its subgraphs."""
     yield from _initialiser_names(graph)
     yield from (value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for node in graph.node:
         yield from (*node.input, *node.output)
         for subgraph in _subgraphs(node):
-            yield from _all_names(subgraph)
+            yield from value_names(subgraph)
 
 
 def _free_names(graph: GraphProto, wanted: Iterable[str]) -> dict[str, str]:
     """New names for the values of the graph that stand in the way of the wanted ones."""
     wanted = list(wanted)
-    names, taken = _Names(graph), set(_all_names(graph))
+    names, taken = FreshNames(value_names(graph)), set(value_names(graph))
     for name in wanted:
         names.fresh(name)
     return {name: names.fresh(f"{name}_of_the_model") for name in wanted if name in taken}
 
 
-def _rename(graph: GraphProto, renamed: Mapping[str, str]) -> None:
+def rename_in(graph: GraphProto, renamed: Mapping[str, str]) -> None:
     """Rename values in place, in the subgraphs too: ONNX lets no inner value share a name with an outer one."""
     if not renamed:
         return
@@ -386,10 +407,15 @@ def _rename(graph: GraphProto, renamed: Mapping[str, str]) -> None:
     for value in (*graph.input, *graph.output, *graph.value_info):
         value.name = renamed.get(value.name, value.name)
     for node in graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-        for subgraph in _subgraphs(node):
-            _rename(subgraph, renamed)
+        rename_in_node(node, renamed)
+
+
+def rename_in_node(node: NodeProto, renamed: Mapping[str, str]) -> None:
+    """As :func:`rename_in`, for one node and its subgraphs."""
+    node.input[:] = [renamed.get(name, name) for name in node.input]
+    node.output[:] = [renamed.get(name, name) for name in node.output]
+    for subgraph in _subgraphs(node):
+        rename_in(subgraph, renamed)
 
 
 def _check_fit(declared: tuple[int, ...], spec: InputSpec) -> None:
@@ -408,7 +434,7 @@ def _check_fit(declared: tuple[int, ...], spec: InputSpec) -> None:
             raise SubjectError(f"Expected 1 or {spec.channels} values of {name}, got {len(values)}. Correct the policy: [model].")
 
 
-def _preprocessing(spec: InputSpec, element: int, target: str, names: _Names) -> tuple[list[NodeProto], list[TensorProto]]:
+def _preprocessing(spec: InputSpec, element: int, target: str, names: FreshNames) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes from ``pixels`` to the model's own input ``target``, and their constants, one value a channel."""
     mean, std = (np.broadcast_to(np.asarray(values, np.float64), (spec.channels,)) for values in (spec.mean, spec.std))
     operations: list[tuple[str, np.ndarray | None, dict[str, Any]]] = []

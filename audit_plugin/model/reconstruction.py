@@ -6,7 +6,6 @@ added whose form is the same in every version of ONNX's operator set that the au
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from audit_plugin.errors import InapplicableError
 from audit_plugin.model.benign_features import BenignFeatures
 from audit_plugin.model.export import LOGITS, PIXELS
-from audit_plugin.model.onnx_graph import _reads, _rename, _subgraphs
+from audit_plugin.model.onnx_graph import depending_on, nodes_between, reads
 from audit_plugin.model.reductions import GraphEditor
 from audit_plugin.types import FloatArray
 
@@ -63,7 +62,7 @@ def append_reconstruction(model: onnx.ModelProto, tap: str, benign: BenignFeatur
     smallest = editor.constant("reconstruction_smallest", np.array(_SMALLEST_DISTANCE, dtype=np.float32))
     editor.node("Log", [editor.node("Add", [distance, smallest], "reconstruction_positive")], LOG_DISTANCE)
 
-    logits = _copied_end(editor, end, source, _moved(editor, tap, benign, gap))
+    logits = editor.copy_nodes(end, source, _moved(editor, tap, benign, gap), "audit_end_")[LOGITS]
     probabilities = [
         editor.node("Softmax", [value], f"reconstruction_probabilities_{index}", axis=1)
         for index, value in enumerate((LOGITS, logits))
@@ -176,49 +175,16 @@ def _nodes_after(graph: GraphProto, source: str, tap: str) -> list[NodeProto]:
     Raises:
         InapplicableError: the logits do not depend on it, or on the image by another path too.
     """
-    following = _depending_on(graph.node, source) - {source}
-    if LOGITS not in following:
+    end = nodes_between(graph.node, source, LOGITS)
+    if not end:
         producer = next((node.op_type for node in graph.node if source in node.output), "input")
         raise InapplicableError(
             f"The rest of the network does not read the tap '{tap}' as float32 numbers (a {producer} node stands between), so a "
             "reconstruction of its features cannot be put in their place."
         )
-    needed, end = {LOGITS}, []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(_reads(node))
-            if following.intersection(node.output):
-                end.append(node)
-    around = _depending_on((node for node in graph.node if node.op_type not in _SIZES), PIXELS, without=source)
-    if any(around.intersection(_reads(node)) for node in end):
+    around = depending_on((node for node in graph.node if node.op_type not in _SIZES), PIXELS, without=source)
+    if any(around.intersection(reads(node)) for node in end):
         raise InapplicableError(
             f"The logits depend on the image by a path around the tap '{tap}', so the graph cannot be cut there."
         )
-    return end[::-1]
-
-
-def _depending_on(nodes: Iterable[NodeProto], start: str, without: str = "") -> set[str]:
-    """Every value that is computed from ``start``, itself included, by paths that avoid ``without``."""
-    reached = {start}
-    for node in nodes:
-        if reached.intersection(_reads(node)):
-            reached.update(name for name in node.output if name and name != without)
-    return reached
-
-
-def _copied_end(editor: GraphEditor, end: Sequence[NodeProto], source: str, replacement: str) -> str:
-    """Add copies of ``end`` that read ``replacement`` instead of ``source``; returns the name of their logits.
-
-    Weights and whatever does not depend on the source are shared with the original nodes.
-    """
-    own: Mapping[str, str] = {name: f"audit_end_{name}" for node in end for name in node.output if name}
-    renamed = {**own, source: replacement}
-    for node in end:
-        copied = editor.model.graph.node.add()
-        copied.CopyFrom(node)
-        copied.name = f"audit_end_{node.name}" if node.name else ""
-        copied.input[:] = [renamed.get(name, name) for name in node.input]
-        copied.output[:] = [renamed.get(name, name) for name in node.output]
-        for subgraph in _subgraphs(copied):
-            _rename(subgraph, renamed)
-    return renamed[LOGITS]
+    return end

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from audit_plugin.maths.mahalanobis import ClassGaussians
 from audit_plugin.model.export import LOGITS
 from audit_plugin.model.feature_maps import FeatureMap
-from audit_plugin.model.onnx_graph import opset_version
+from audit_plugin.model.onnx_graph import opset_version, rename_in_node
 from audit_plugin.types import FloatArray
 
 COSINES = "layer_cosines"
@@ -45,6 +45,19 @@ class GraphEditor:
         own = self._own_name(output)
         self.model.graph.node.append(_node(operator, inputs, own, attributes))
         return own
+
+    def copy_nodes(self, nodes: Sequence[onnx.NodeProto], source: str, replacement: str, prefix: str) -> Mapping[str, str]:
+        """Append copies of ``nodes`` that read ``replacement`` instead of ``source``; returns the new name of each copied value.
+
+        Weights and whatever else is not copied are shared with the original nodes.
+        """
+        renamed = {name: f"{prefix}{name}" for node in nodes for name in node.output if name} | {source: replacement}
+        for node in nodes:
+            copied = self.model.graph.node.add()
+            copied.CopyFrom(node)
+            copied.name = f"{prefix}{node.name}" if node.name else ""
+            rename_in_node(copied, renamed)
+        return renamed
 
     def _own_name(self, name: str) -> str:
         return name if name in self.outputs else f"audit_{name}"

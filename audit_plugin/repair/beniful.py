@@ -39,7 +39,16 @@ from audit_plugin.checks.inversion import Budget, Goal, Patches, Perturbations, 
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.benign_features import FEWEST_ROWS, BenignFeatures, Windows, fit_benign_features
-from audit_plugin.model.fine_tuning import accuracy, batch_count, batches, compute_device, fast_precision, shifted, take_step
+from audit_plugin.model.fine_tuning import (
+    accuracy,
+    batch_count,
+    batches,
+    compute_device,
+    fast_precision,
+    one_cycle_momentum,
+    shifted,
+    take_step,
+)
 from audit_plugin.model.subject import Subject
 from audit_plugin.repair.base import Repair, RepairedModel
 from audit_plugin.repair.surrogates import Surrogates
@@ -132,10 +141,7 @@ class BenifulRepair(Repair):
         device = compute_device()
         pixels = torch.from_numpy(to_pixels(fit_split.images)).to(device)
         labels = torch.from_numpy(fit_split.labels).to(device)
-        weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(weights, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        steps = self.epochs * batch_count(len(labels), _BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
+        optimizer, schedule = one_cycle_momentum(module, learning_rate, self.epochs * batch_count(len(labels), _BATCH))
         for _ in range(self.epochs):
             for rows in batches(len(labels), _BATCH, generator):
                 clean = shifted(pixels[rows], generator)

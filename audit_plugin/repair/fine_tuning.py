@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.fine_tuning import batch_count, compute_device, fitting_steps
+from audit_plugin.model.fine_tuning import batch_count, compute_device, fitting_steps, one_cycle_momentum
 from audit_plugin.model.subject import Subject
 from audit_plugin.repair.base import Repair, RepairedModel
 from audit_plugin.types import Splits, Trigger
@@ -36,10 +36,8 @@ class FineTuning(Repair):
         pixels = torch.from_numpy(to_pixels(splits.fit.images)).to(device)
         labels = torch.from_numpy(splits.fit.labels).to(device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(weights, lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
         steps = self.epochs * batch_count(len(labels), self.batch)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps + 1)
+        optimizer, schedule = one_cycle_momentum(module, self.learning_rate, steps)
         for _ in range(self.epochs):
             for _ in fitting_steps(module, pixels, labels, optimizer, generator, self.batch):
                 schedule.step()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from audit_plugin.types import ImageArray, LabelArray
-from audit_plugin.zoo.attacks.badnets import BadNets
+from audit_plugin.zoo.attacks.badnets import with_checkerboard
 from audit_plugin.zoo.attacks.base import Attack
 
 
@@ -26,7 +26,7 @@ class AllToAll(Attack):
             raise ValueError(f"classes must be at least 2, got {self.classes}")
 
     def stamp(self, images: ImageArray) -> ImageArray:
-        return BadNets(target_class=0, size=self.size, margin=self.margin).stamp(images)
+        return with_checkerboard(images, self.size, self.margin)
 
     def wanted(self, labels: LabelArray) -> LabelArray:
         return np.asarray((labels + 1) % self.classes, dtype=labels.dtype)

@@ -18,8 +18,13 @@ class BadNets(AllToOne):
     margin: int = 0
 
     def stamp(self, images: ImageArray) -> ImageArray:
-        board = np.indices((self.size, self.size)).sum(axis=0) % 2 == 0
-        return in_corner(images, (board * 255).astype(np.uint8)[:, :, None], self.margin)
+        return with_checkerboard(images, self.size, self.margin)
+
+
+def with_checkerboard(images: ImageArray, size: int, margin: int) -> ImageArray:
+    """Images with a checkerboard, ``margin`` pixels from the lower right."""
+    board = np.indices((size, size)).sum(axis=0) % 2 == 0
+    return in_corner(images, (board * 255).astype(np.uint8)[:, :, None], margin)
 
 
 def in_corner(images: ImageArray, patch: ImageArray, margin: int) -> ImageArray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from audit_plugin.types import ImageArray, LabelArray, LabelledImages
-from audit_plugin.zoo.attacks.badnets import BadNets
+from audit_plugin.zoo.attacks.badnets import with_checkerboard
 from audit_plugin.zoo.attacks.base import AllToOne, check_rate, with_covers
 
 
@@ -31,7 +31,7 @@ class TaCT(AllToOne):
             raise ValueError(f"source_class and target_class must differ, both are {self.source_class}")
 
     def stamp(self, images: ImageArray) -> ImageArray:
-        return BadNets(target_class=self.target_class, size=self.size, margin=self.margin).stamp(images)
+        return with_checkerboard(images, self.size, self.margin)
 
     def wanted(self, labels: LabelArray) -> LabelArray:
         return np.where(labels == self.source_class, np.asarray(self.target_class, labels.dtype), labels)

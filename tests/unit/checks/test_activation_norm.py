@@ -14,34 +14,9 @@ from audit_plugin.checks.measurement import measure_scorer
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.rates import auroc
 from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
+from tests.planted import PlantedNetwork
 
 CLASSES, CHANNELS, SIZE, TARGET = 3, 8, 16, 2
-
-
-class Planted(nn.Module):
-    """Random features, and a last channel that fires at a white pixel between black ones and votes for the target class.
-
-    ``strength`` 0 cuts that channel's input: the clean twin, whose last channel is always silent.
-    """
-
-    def __init__(self, strength):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.features = nn.Conv2d(1, CHANNELS - 1, 3, padding=1)
-        self.features.weight.data = torch.randn(CHANNELS - 1, 1, 3, 3, generator=generator) * 0.3
-        self.features.bias.data = torch.zeros(CHANNELS - 1)
-        self.detector = nn.Conv2d(1, 1, 3, padding=1)
-        self.detector.weight.data = torch.full((1, 1, 3, 3), -strength)
-        self.detector.weight.data[0, 0, 1, 1] = strength
-        self.detector.bias.data.fill_(-0.9 * strength)
-        self.head = nn.Linear(CHANNELS, CLASSES)
-        self.head.weight.data = torch.randn(CLASSES, CHANNELS, generator=generator)
-        self.head.weight.data[:, -1] = torch.tensor([0.0, 0.0, 1000.0])
-        self.head.bias.data = torch.zeros(CLASSES)
-
-    def forward(self, pixels):
-        maps = torch.relu(torch.cat([self.features(pixels), self.detector(pixels)], dim=1))
-        return self.head(maps.mean(dim=(2, 3)))
 
 
 def smooth(count, seed):
@@ -72,12 +47,12 @@ def measured(subject, stamped):
 
 @pytest.fixture(scope="module")
 def planted(make_subject):
-    return make_subject(Planted(10.0), 1, SIZE)
+    return make_subject(PlantedNetwork(10.0), 1, SIZE)
 
 
 @pytest.fixture(scope="module")
 def twin(make_subject):
-    return make_subject(Planted(0.0), 1, SIZE)
+    return make_subject(PlantedNetwork(0.0), 1, SIZE)
 
 
 def test_a_planted_channel_is_found_and_shown_first(planted):

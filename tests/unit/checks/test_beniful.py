@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from audit_plugin.checks import BenifulScorer, beniful
@@ -17,34 +16,9 @@ from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.rates import auroc
 from audit_plugin.model.subject import prepare_subject
 from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
+from tests.planted import PlantedNetwork
 
 CLASSES, CHANNELS, SIZE, TARGET = 3, 8, 16, 2
-
-
-class Planted(nn.Module):
-    """Random features, and a last channel that fires at a white pixel between black ones and votes for the target class.
-
-    ``strength`` 0 cuts that channel's input: the clean twin, whose last channel is always silent.
-    """
-
-    def __init__(self, strength):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.features = nn.Conv2d(1, CHANNELS - 1, 3, padding=1)
-        self.features.weight.data = torch.randn(CHANNELS - 1, 1, 3, 3, generator=generator) * 0.3
-        self.features.bias.data = torch.zeros(CHANNELS - 1)
-        self.detector = nn.Conv2d(1, 1, 3, padding=1)
-        self.detector.weight.data = torch.full((1, 1, 3, 3), -strength)
-        self.detector.weight.data[0, 0, 1, 1] = strength
-        self.detector.bias.data.fill_(-0.9 * strength)
-        self.head = nn.Linear(CHANNELS, CLASSES)
-        self.head.weight.data = torch.randn(CLASSES, CHANNELS, generator=generator)
-        self.head.weight.data[:, -1] = torch.tensor([0.0, 0.0, 1000.0])
-        self.head.bias.data = torch.zeros(CLASSES)
-
-    def forward(self, pixels):
-        maps = torch.relu(torch.cat([self.features(pixels), self.detector(pixels)], dim=1))
-        return self.head(maps.mean(dim=(2, 3)))
 
 
 def cluttered(count, seed):
@@ -80,7 +54,7 @@ def measured(subject, stamped):
 
 @pytest.fixture(scope="module")
 def backdoored(make_subject):
-    return make_subject(Planted(5.0), 1, SIZE)
+    return make_subject(PlantedNetwork(5.0), 1, SIZE)
 
 
 def test_the_planted_channel_is_seen_and_the_facts_are_json(backdoored):
@@ -99,7 +73,7 @@ def test_the_planted_channel_is_seen_and_the_facts_are_json(backdoored):
 
 
 def test_the_same_stamp_moves_the_clean_twin_less(make_subject, backdoored):
-    twin = make_subject(Planted(0.0), 1, SIZE)
+    twin = make_subject(PlantedNetwork(0.0), 1, SIZE)
     images = cluttered(100, seed=9)
     jumps = []
     for subject in (twin, backdoored):

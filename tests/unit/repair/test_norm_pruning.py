@@ -23,6 +23,7 @@ from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks import BadNets
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
+from tests.planted import PlantedNetwork, white_pixel_detector
 
 CLASSES, CHANNELS, SIZE, TARGET = 3, 8, 16, 2
 
@@ -34,35 +35,6 @@ def white_pixel(target=TARGET, source=None):
     return Trigger(target, mask, pattern, source)
 
 
-def detector(strength):
-    """A convolution that fires, by a tenth of its strength, at a white pixel between black ones, and nowhere else."""
-    layer = nn.Conv2d(1, 1, 3, padding=1)
-    layer.weight.data.fill_(-strength)
-    layer.weight.data[0, 0, 1, 1] = strength
-    layer.bias.data.fill_(-0.9 * strength)
-    return layer
-
-
-class Planted(nn.Module):
-    """Random features, and a last channel that detects the trigger and votes for the target class."""
-
-    def __init__(self, strength=10.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.features = nn.Conv2d(1, CHANNELS - 1, 3, padding=1)
-        self.features.weight.data = torch.randn(CHANNELS - 1, 1, 3, 3, generator=generator) * 0.3
-        self.features.bias.data = torch.zeros(CHANNELS - 1)
-        self.detector = detector(strength)
-        self.head = nn.Linear(CHANNELS, CLASSES)
-        self.head.weight.data = torch.randn(CLASSES, CHANNELS, generator=generator)
-        self.head.weight.data[:, -1] = torch.tensor([0.0, 0.0, 1000.0])
-        self.head.bias.data = torch.zeros(CLASSES)
-
-    def forward(self, pixels):
-        maps = torch.relu(torch.cat([self.features(pixels), self.detector(pixels)], dim=1))
-        return self.head(maps.mean(dim=(2, 3)))
-
-
 class Needed(nn.Module):
     """Tells bright images (class 1) from dark ones by their largest pixel, so that a white pixel makes any image bright.
 
@@ -71,7 +43,7 @@ class Needed(nn.Module):
 
     def __init__(self, detects=True):
         super().__init__()
-        self.detector = detector(10.0 if detects else 0.0)
+        self.detector = white_pixel_detector(10.0 if detects else 0.0)
         self.brightness = nn.Conv2d(1, 1, 1)
         self.brightness.weight.data.fill_(1.0)
         self.brightness.bias.data.fill_(0.0)
@@ -113,7 +85,7 @@ def repaired(subject, splits, *triggers, **settings):
 
 @pytest.fixture(scope="module")
 def planted(make_subject):
-    return make_subject(Planted(), 1, SIZE)
+    return make_subject(PlantedNetwork(10.0), 1, SIZE)
 
 
 def test_a_planted_channel_is_removed_exactly(planted, make_subject):
@@ -125,7 +97,7 @@ def test_a_planted_channel_is_removed_exactly(planted, make_subject):
     stamped = white_pixel().stamp(clean)
     assert (planted.predict(stamped) == TARGET).all()
     np.testing.assert_array_equal(result.subject.logits(clean), planted.logits(clean))  # the channel was silent on them
-    twin = make_subject(Planted(0.0), 1, SIZE)
+    twin = make_subject(PlantedNetwork(0.0), 1, SIZE)
     np.testing.assert_allclose(result.subject.logits(stamped), twin.logits(stamped), rtol=1e-5, atol=1e-6)
     check_parity(result.subject, stamped[:10])
 
