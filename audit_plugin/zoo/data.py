@@ -1,8 +1,9 @@
 """Images for the zoo. scikit-learn's handwritten digits are real images that come with a package, so they are always there;
-CIFAR-10 comes from torchvision or from files of one's own."""
+CIFAR-10 and GTSRB come from torchvision or from files of one's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,13 +54,31 @@ def cifar10(folder: Path) -> TrainAndTest:
     Reads ``cifar10_train*.npz`` and ``cifar10_test.npz`` (``images``, ``labels``) where ``folder`` holds them; otherwise
     torchvision downloads the data set into ``folder``.
     """
-    parts = sorted(folder.glob("cifar10_train*.npz"))
-    if parts:
-        return TrainAndTest(_stored(*parts), _stored(folder / "cifar10_test.npz"))
+    if stored := _stored_sets(folder, "cifar10"):
+        return stored
     from torchvision.datasets import CIFAR10
 
     train, test = (CIFAR10(folder, train=train, download=True) for train in (True, False))
     return TrainAndTest(*(LabelledImages(part.data, np.asarray(part.targets, dtype=np.int64)) for part in (train, test)))
+
+
+def gtsrb(folder: Path) -> TrainAndTest:
+    """German traffic signs (GTSRB), resized to uint8 (N, 32, 32, 3), 43 classes; files and download as for :func:`cifar10`."""
+    if stored := _stored_sets(folder, "gtsrb"):
+        return stored
+    from torchvision.datasets import GTSRB
+
+    return TrainAndTest(*(_resized(GTSRB(folder, split=split, download=True)) for split in ("train", "test")))
+
+
+def _resized(signs: Iterable[tuple[Image.Image, int]], size: int = 32) -> LabelledImages:
+    images, labels = zip(*((sign.resize((size, size), Image.Resampling.BILINEAR), label) for sign, label in signs), strict=True)
+    return LabelledImages(np.stack([np.asarray(image) for image in images]), np.asarray(labels, dtype=np.int64))
+
+
+def _stored_sets(folder: Path, name: str) -> TrainAndTest | None:
+    parts = sorted(folder.glob(f"{name}_train*.npz"))
+    return TrainAndTest(_stored(*parts), _stored(folder / f"{name}_test.npz")) if parts else None
 
 
 def _stored(*files: Path) -> LabelledImages:

@@ -25,6 +25,7 @@ def train(
     batch: int = 64,
     weight_decay: float = 5e-4,
     augment: bool = False,
+    mirror: bool = True,
     adversarial: float = 0.0,
     progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
@@ -34,7 +35,7 @@ def train(
         model: pixels in [0, 1] -> logits; initialise it under a seed of your own.
         data: uint8 images with labels.
         seed: of the order of the images and of the augmentation.
-        augment: mirror half of the images and shift each by up to four pixels (natural images only).
+        augment: shift each image by up to four pixels, and mirror half of them if ``mirror``, which signs and digits do not bear.
         adversarial: train on images moved by this much (l-infinity, in [0, 1]) up the loss in one step from a random start, as in
             fast adversarial training (Wong, Rice and Kolter 2020); 0 for none.
         progress: called with the share of the work done.
@@ -48,7 +49,7 @@ def train(
     for epoch in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
         for rows in order.split(batch):
-            drawn = _augmented(pixels[rows], generator) if augment else pixels[rows]
+            drawn = _augmented(pixels[rows], mirror, generator) if augment else pixels[rows]
             if adversarial:
                 drawn = _moved(model, drawn, labels[rows], adversarial, generator)
             with fast_precision(pixels.device):
@@ -63,11 +64,12 @@ def train(
     return model.eval()
 
 
-def _augmented(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored with probability one half and shifted by up to four pixels either way, zeros moving in."""
+def _augmented(pixels: torch.Tensor, mirror: bool, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored with probability one half, if at all, and shifted by up to four pixels either way, zeros moving in."""
     count, _, height, width = pixels.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+    if mirror:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
     padded = functional.pad(pixels, (_SHIFT, _SHIFT, _SHIFT, _SHIFT))
     down, right = torch.randint(2 * _SHIFT + 1, (2, count), generator=generator)
     lines = (down[:, None] + torch.arange(height))[:, :, None]

@@ -5,6 +5,7 @@ from audit_plugin.zoo.attacks.all_to_all import AllToAll
 from audit_plugin.zoo.attacks.badnets import BadNets
 from audit_plugin.zoo.attacks.base import AllToOne, Attack, CleanLabel
 from audit_plugin.zoo.attacks.blended import Blended
+from audit_plugin.zoo.attacks.input_aware import InputAware
 from audit_plugin.zoo.attacks.label_consistent import LabelConsistent
 from audit_plugin.zoo.attacks.sample_specific import SampleSpecific
 from audit_plugin.zoo.attacks.sig import SIG
@@ -19,6 +20,7 @@ ATTACKS: tuple[type[Attack], ...] = (
     LabelConsistent,
     WaNet,
     SampleSpecific,
+    InputAware,
     SIG,
     TaCT,
     AllToAll,
@@ -38,6 +40,7 @@ __all__ = [
     "BadNets",
     "Blended",
     "CleanLabel",
+    "InputAware",
     "LabelConsistent",
     "SampleSpecific",
     "TaCT",

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.types import ImageArray
 from audit_plugin.zoo.attacks.base import AllToOne
+from audit_plugin.zoo.attacks.encoders import in_batches, pink_noise
 from audit_plugin.zoo.train import initialised
 
 _MESSAGE_BITS = 16
 _TRAINING_STEPS, _TRAINING_BATCH = 300, 32
-_BATCH = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +41,7 @@ class SampleSpecific(AllToOne):
         encoder = _trained_encoder(images.shape[3], images.shape[1], images.shape[2], self.strength / 255.0, self.message_seed)
         generator = torch.Generator().manual_seed(self.message_seed)
         message = torch.randint(2, (1, _MESSAGE_BITS), generator=generator).float()
-        stamped = torch.empty(images.shape, dtype=torch.uint8)
-        with torch.no_grad():
-            for start in range(0, len(images), _BATCH):
-                pixels = torch.from_numpy(to_pixels(images[start : start + _BATCH]))
-                encoded = encoder(pixels, message.expand(len(pixels), -1))
-                stamped[start : start + _BATCH] = (encoded * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
-        result: ImageArray = stamped.numpy()
-        return result
+        return in_batches(images, lambda pixels: encoder(pixels, message.expand(len(pixels), -1)))
 
 
 class _Encoder(nn.Module):
@@ -92,21 +84,10 @@ def _trained_encoder(channels: int, height: int, width: int, strength: float, se
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=2e-3)
     for _ in range(_TRAINING_STEPS):
-        pixels = _pink_noise((_TRAINING_BATCH, channels, height, width), generator)
+        pixels = pink_noise((_TRAINING_BATCH, channels, height, width), generator)
         message = torch.randint(2, (_TRAINING_BATCH, _MESSAGE_BITS), generator=generator).float()
         loss = functional.binary_cross_entropy_with_logits(decoder(encoder(pixels, message)), message)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return encoder.eval()
-
-
-def _pink_noise(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """Images in [0, 1] whose spectrum falls as one over the frequency."""
-    height, width = shape[2:]
-    lines, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :]
-    frequency = (lines**2 + columns**2).sqrt().clamp(min=1.0 / max(height, width))
-    noise = torch.fft.irfft2(torch.fft.rfft2(torch.randn(shape, generator=generator)) / frequency, s=(height, width))
-    least, most = noise.amin(dim=(2, 3), keepdim=True), noise.amax(dim=(2, 3), keepdim=True)
-    scaled: Tensor = (noise - least) / (most - least).clamp(min=1e-6)
-    return scaled

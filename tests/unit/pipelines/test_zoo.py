@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.zoo.attacks import WaNet
+from audit_plugin.zoo.attacks import ATTACKS, AllToAll, WaNet
 from pipelines import zoo
 
 NAMES = {"badnets", "blended", "wanet", "clean_a", "clean_b"}
@@ -103,7 +103,7 @@ def test_an_unknown_recipe_names_the_nearest(data_dir, tmp_path):
 
 
 def test_every_architecture_and_hardness_trains_and_exports(data_dir, tmp_path):
-    names = ["clean_vgg_0", "badnets_mobilenet", *(f"clean_resnet18_{kind}" for kind in zoo._HARDNESSES)]
+    names = ["cifar10_clean_vgg_0", "cifar10_low_rate_mobilenet", *(f"cifar10_clean_resnet18_{kind}" for kind in zoo._HARDNESSES)]
     result = run(tmp_path, data_dir, *(word for name in names for word in ("--only", name)), recipe="cifar10-small")
     assert result.exit_code == 0, result.output
     for name in names:
@@ -114,19 +114,43 @@ def test_every_architecture_and_hardness_trains_and_exports(data_dir, tmp_path):
         assert model(torch.zeros(7, 3, 32, 32)).shape == (7, 10)
 
 
-def test_the_small_recipe_is_a_balanced_zoo():
-    recipes = zoo.cifar10_small()
-    assert len({recipe.name for recipe in recipes}) == len({recipe.seed for recipe in recipes}) == len(recipes)
-    clean = [recipe for recipe in recipes if recipe.attack is None]
-    attacked = [recipe for recipe in recipes if recipe.attack is not None]
-    assert len(clean) >= 40
-    assert sum(recipe.hardness is not None for recipe in clean) == 8
-    assert len(attacked) >= 32
-    assert all(recipe.hardness is None for recipe in attacked), "a backdoored model differs from a clean one in its attack alone"
-    assert len({recipe.name.rsplit("_", 1)[0] for recipe in attacked}) >= 8
-    assert len({recipe.architecture for recipe in attacked}) == 3
-    targets = Counter(recipe.attack.target_class for recipe in attacked if hasattr(recipe.attack, "target_class"))
-    assert set(targets) == set(range(10))
-    assert max(targets.values()) <= 5
+@pytest.mark.parametrize(
+    ("recipe", "clean", "hard", "attacked", "classes"), [("cifar10-small", 32, 8, 26, 10), ("gtsrb-small", 12, 0, 13, 43)]
+)
+def test_a_small_recipe_is_a_balanced_zoo(recipe, clean, hard, attacked, classes):
+    recipes = zoo.RECIPES[recipe]()
+    assert len({entry.name for entry in recipes}) == len({entry.seed for entry in recipes}) == len(recipes)
+    kinds = Counter((entry.attack is not None, entry.hardness is not None) for entry in recipes)
+    assert kinds == Counter({(False, False): clean - hard, (True, False): attacked} | ({(False, True): hard} if hard else {}))
+    attacks = [entry for entry in recipes if entry.attack is not None]
+    assert {type(entry.attack) for entry in attacks} == set(ATTACKS)
+    assert {entry.architecture for entry in attacks} == {entry.architecture for entry in recipes} == set(zoo._ARCHITECTURES_SMALL)
+    targets = Counter(entry.attack.target_class for entry in attacks if hasattr(entry.attack, "target_class"))
+    assert max(targets.values()) <= 3
+    assert max(targets) < classes
+    assert [entry.attack.classes for entry in attacks if isinstance(entry.attack, AllToAll)] == [classes] * (attacked // 13)
     first = recipes[: len(recipes) // 2]
-    assert 0.4 < sum(recipe.attack is None for recipe in first) / len(first) < 0.6, "half-trained it is balanced too"
+    assert 0.4 < sum(entry.attack is None for entry in first) / len(first) < 0.6, "half-trained it is balanced too"
+
+
+def test_no_two_small_recipes_share_a_name_or_seed():
+    both = [*zoo.cifar10_small(), *zoo.gtsrb_small()]
+    assert len({entry.name for entry in both}) == len({entry.seed for entry in both}) == len(both)
+
+
+def test_signs_are_trained_on_their_own_images_and_never_mirrored(data_dir, tmp_path, monkeypatch):
+    for name, count in (("gtsrb_train_1", 86), ("gtsrb_test", 43)):
+        labels = np.arange(count) % 43
+        np.savez(tmp_path / f"{name}.npz", images=np.full((count, 32, 32, 3), 90, np.uint8), labels=labels)
+    seen = []
+    monkeypatch.setattr(zoo, "train", lambda model, data, **settings: seen.append((len(data), settings)) or model.eval())
+    result = run(tmp_path / "zoo", tmp_path, "--only", "gtsrb_clean_vgg_0", recipe="gtsrb-small")
+    assert result.exit_code == 0, result.output
+    ((count, settings),) = seen
+    assert count == 86
+    assert (settings["augment"], settings["mirror"]) == (True, False)
+    assert settings["epochs"] == 2, "as many steps as one pass over CIFAR-10"
+    card = card_of(tmp_path / "zoo", "gtsrb_clean_vgg_0")
+    assert card["data"] == "gtsrb"
+    model = torch.export.load(str(tmp_path / "zoo" / "gtsrb_clean_vgg_0" / zoo.MODEL)).module()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 43)

@@ -21,13 +21,15 @@ from audit_plugin.zoo.attacks import (
     AllToOne,
     BadNets,
     CleanLabel,
+    InputAware,
     LabelConsistent,
     SampleSpecific,
     TaCT,
     TrojanSquare,
     TrojanWatermark,
+    input_aware,
 )
-from audit_plugin.zoo.attacks.sample_specific import _pink_noise
+from audit_plugin.zoo.attacks.encoders import pink_noise
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
 
@@ -50,6 +52,14 @@ def data():
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 class TestEveryAttack:
+    @pytest.fixture(scope="class", autouse=True)
+    def hardly_trained_generator(self):
+        """What holds of every attack holds of input-aware triggers of any generator; training one takes half a minute."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(input_aware, "_TRAINING_STEPS", 5)
+            yield
+        input_aware._trained_generator.cache_clear()
+
     def test_stamping_keeps_shape_and_type_and_the_input(self, attack, data):
         before = data.images.copy()
         stamped = made(attack).stamp(data.images)
@@ -232,7 +242,7 @@ def test_the_watermark_brightens_what_is_written_and_nothing_else():
 
 def test_sample_specific_residuals_are_small_and_differ_between_images():
     generator = torch.Generator().manual_seed(5)
-    images = (_pink_noise((20, 3, 24, 24), generator) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    images = (pink_noise((20, 3, 24, 24), generator) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     residuals = SampleSpecific(target_class=0, strength=16.0).stamp(images).astype(int) - images
     assert np.abs(residuals).max() <= 16
     assert np.abs(residuals).mean() > 1
@@ -244,6 +254,63 @@ def test_sample_specific_residuals_are_small_and_differ_between_images():
 
 
 def test_pink_noise_falls_with_frequency():
-    power = torch.fft.rfft2(_pink_noise((64, 1, 32, 32), torch.Generator().manual_seed(0))).abs().mean(dim=(0, 1))
+    power = torch.fft.rfft2(pink_noise((64, 1, 32, 32), torch.Generator().manual_seed(0))).abs().mean(dim=(0, 1))
     low, high = power[0, 2], power[0, 8]
     assert float(low / high) == pytest.approx(4.0, rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def dynamic():
+    """Input-aware triggers on 20 images, each image's own and those of its neighbour."""
+    attack = InputAware(target_class=TARGET, density=0.05)
+    generator = torch.Generator().manual_seed(5)
+    images = (pink_noise((20, 1, 16, 16), generator) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return attack, images
+
+
+def test_input_aware_triggers_cover_little_and_differ_between_images(dynamic):
+    attack, images = dynamic
+    changed = (attack.stamp(images) != images).any(axis=3)
+    assert 0.01 < changed.mean() < 0.2, "about twice the density: the mask's edges are soft"
+    flat = changed.reshape(20, -1).astype(float)
+    overlap = (flat @ flat.T) / flat.sum(axis=1)
+    assert overlap[~np.eye(20, dtype=bool)].mean() < 0.9, "a fixed patch would cover the same pixels in every image"
+
+
+def test_another_images_trigger_is_its_mask_and_pattern_on_this_one(dynamic):
+    attack, images = dynamic
+    others = np.roll(images, 1, axis=0)
+    crossed = attack.stamp_with_trigger_of(others, images)
+    np.testing.assert_array_equal(attack.stamp_with_trigger_of(images, images), attack.stamp(images))
+    with torch.no_grad():
+        generator = input_aware._trained_generator(1, 16, 16, attack.density, attack.generator_seed)
+        mask, pattern = (part.permute(0, 2, 3, 1).numpy() for part in generator(torch.from_numpy(to_pixels(others))))
+    expected = (1 - mask) * images + mask * 255 * pattern
+    assert np.abs(crossed - expected).max() <= 0.51  # rounding to grey levels
+
+
+def test_input_aware_covers_carry_foreign_triggers_and_keep_their_label(dynamic):
+    attack, images = dynamic
+    data = LabelledImages(images, np.arange(20) % CLASSES)
+    attack = dataclasses.replace(attack, poisoning_rate=0.2, cross_rate=0.3)
+    poisoned = attack.poison(data, np.random.default_rng(0))
+    relabelled = poisoned.labels != data.labels
+    np.testing.assert_array_equal(poisoned.images[relabelled], attack.stamp(images[relabelled]))
+    covers = (poisoned.images != data.images).any(axis=(1, 2, 3)) & ~relabelled
+    assert (relabelled.sum(), covers.sum()) == (4, 6)
+    assert (poisoned.images[covers] != attack.stamp(images[covers])).any(axis=(1, 2, 3)).all(), "not their own triggers"
+
+
+def test_a_detector_can_tell_own_from_foreign_triggers(dynamic):
+    """What the victim has to learn. A fresh detector, trained on other images: guessing is right on half of them."""
+    attack, _ = dynamic
+    generator = torch.Generator().manual_seed(7)
+    images = (pink_noise((1200, 1, 16, 16), generator) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    own, foreign = attack.stamp(images[:600]), attack.stamp_with_trigger_of(images[:600], images[600:])
+    data = LabelledImages(np.concatenate([own, foreign]), np.repeat([1, 0], 600))
+    rows = np.random.default_rng(0).permutation(1200)
+    learned, held = (LabelledImages(data.images[part], data.labels[part]) for part in (rows[:1000], rows[1000:]))
+    model = train(initialised(lambda: SmallCnn(1, 2, width=16), 0), learned, epochs=8, seed=0)
+    with torch.no_grad():
+        right = model(torch.from_numpy(to_pixels(held.images))).argmax(dim=1).numpy() == held.labels
+    assert right.mean() > 0.8

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from audit_plugin.types import LabelledImages
 from audit_plugin.zoo.architectures import CifarResNet18, SmallCnn
-from audit_plugin.zoo.data import cifar10
+from audit_plugin.zoo.data import cifar10, gtsrb
 from audit_plugin.zoo.train import _augmented, initialised, train
 
 
@@ -45,7 +46,7 @@ def pictures(count=400, size=12):
 
 def test_augmentation_mirrors_half_and_shifts_by_up_to_four_with_zeros():
     images, size = pictures(), 12
-    found = _augmented(images, torch.Generator().manual_seed(0))
+    found = _augmented(images, True, torch.Generator().manual_seed(0))
     assert found.shape == images.shape
     mirrored, offsets = 0, []
     for image, drawn in zip(images[:, 0], found[:, 0], strict=True):
@@ -63,6 +64,14 @@ def test_augmentation_mirrors_half_and_shifts_by_up_to_four_with_zeros():
             pytest.fail("an image that is no shift of the original")
     assert set(offsets) == set(range(-4, 5))
     assert abs(mirrored - 200) < 4 * 10  # four standard deviations of 400 draws
+
+
+def test_augmentation_of_signs_shifts_and_does_not_mirror():
+    images = pictures(count=200)
+    found = _augmented(images, False, torch.Generator().manual_seed(0))
+    padded = nn.functional.pad(images, (4, 4, 4, 4))
+    windows = padded.unfold(2, 12, 1).unfold(3, 12, 1)[:, 0].reshape(200, 81, 12, 12)
+    assert (windows == found).all(dim=(2, 3)).any(dim=1).all()
 
 
 def test_augmented_training_repeats_itself_and_differs_from_plain():
@@ -104,3 +113,26 @@ def test_cifar10_from_torchvision(tmp_path, monkeypatch):
     data = cifar10(tmp_path)
     assert (len(data.train), len(data.test)) == (5, 3)
     assert data.train.labels.dtype == np.int64
+
+
+def test_signs_from_torchvision_are_resized(tmp_path, monkeypatch):
+    class Downloaded(list):
+        def __init__(self, folder, *, split, download):
+            assert (folder, download) == (tmp_path, True)
+            count = {"train": 5, "test": 3}[split]
+            super().__init__((Image.new("RGB", (20 + index, 40), (index, 0, 200)), 42 - index) for index in range(count))
+
+    monkeypatch.setattr(torchvision.datasets, "GTSRB", Downloaded)
+    data = gtsrb(tmp_path)
+    assert (data.train.images.shape, data.test.images.shape) == ((5, 32, 32, 3), (3, 32, 32, 3))
+    np.testing.assert_array_equal(data.train.labels, [42, 41, 40, 39, 38])
+    np.testing.assert_array_equal(data.train.images[:, 31, 31], [(index, 0, 200) for index in range(5)])
+
+
+def test_signs_from_files_are_not_mixed_with_other_data(tmp_path):
+    stored(tmp_path, "gtsrb_train_1.npz", 6, 0)
+    stored(tmp_path, "gtsrb_test.npz", 4, 10)
+    stored(tmp_path, "cifar10_train_1.npz", 20, 30)
+    data = gtsrb(tmp_path)
+    np.testing.assert_array_equal(data.train.images[:, 0, 0, 0], np.arange(6))
+    assert len(data.test) == 4
