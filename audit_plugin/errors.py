@@ -46,6 +46,10 @@ class InapplicableError(AuditError):
     """A check cannot measure this model; the audit records the reason and goes on."""
 
 
+class AttestationError(AuditError):
+    """A signed statement about a model does not hold: no envelope, a foreign signature, another model."""
+
+
 def nearest(wrong: str, valid: Iterable[str]) -> str:
     """' Did you mean ...?' for an unknown name, or the list of valid ones when nothing is near.
 

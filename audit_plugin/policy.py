@@ -14,8 +14,10 @@ Every key has a default, so an empty file (or none) is a complete policy.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
+import re
 import sys
 import tomllib
 import types
@@ -153,8 +155,26 @@ class RepairPolicy:
 
 
 @dataclass(frozen=True)
+class GatePolicy:
+    """What the registry asks of a version before it may be promoted; see :mod:`audit_plugin.gate`.
+
+    Aliases and stages are compared without regard to case. Ages are in days; ``suite`` is the promotion suite's file, relative to
+    the policy's own.
+    """
+
+    protected_aliases: tuple[str, ...] = ("champion", "production")
+    protected_stages: tuple[str, ...] = ("Production",)
+    maximum_age_days: float = 30.0
+    maximum_waiver_days: float = 7.0
+    suite: str | None = None
+
+
+@dataclass(frozen=True)
 class Policy:
-    """A complete policy, one section a topic."""
+    """A complete policy, one section a topic.
+
+    ``clean_images`` says what to audit registered models with: a model's name, or a shell pattern, and a path or artifact URI.
+    """
 
     model: ModelPolicy = field(default_factory=ModelPolicy)
     clean_set: CleanSetPolicy = field(default_factory=CleanSetPolicy)
@@ -166,9 +186,19 @@ class Policy:
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
     repair: RepairPolicy = field(default_factory=RepairPolicy)
+    gate: GatePolicy = field(default_factory=GatePolicy)
+    clean_images: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_ranges(self)
+
+    def clean_images_for(self, name: str) -> str | None:
+        """What [clean_images] says of a registered model: its own name wins, then the first pattern that matches.
+
+        A relative path starts at the policy file's folder; see :func:`audit_plugin.requirements.clean_images_of`.
+        """
+        matching = (source for pattern, source in self.clean_images.items() if fnmatch.fnmatchcase(name, pattern))
+        return self.clean_images.get(name) or next(matching, None)
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -178,8 +208,23 @@ class Policy:
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` of the policy with all defaults filled in."""
-        canonical = json.dumps(self.document(), sort_keys=True, separators=(",", ":"))
-        return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+        return _digest(self.document())
+
+    @property
+    def verdict_digest(self) -> str:
+        """See :func:`verdict_digest_of`."""
+        return verdict_digest_of(self.document())
+
+
+def verdict_digest_of(document: Mapping[str, Any]) -> str:
+    """As :attr:`Policy.digest`, of what decides verdicts whatever the model: not [model], [repair], [gate], [clean_images]."""
+    others = ("model", "repair", "gate", "clean_images")
+    return _digest({name: section for name, section in document.items() if name not in others})
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def load_policy(path: Path | None) -> Policy:
@@ -217,6 +262,8 @@ def policy_from(content: Mapping[str, Any]) -> Policy:
 
 
 def _section(section: str, kind: type[Any], entries: Mapping[str, Any]) -> Any:
+    if not dataclasses.is_dataclass(kind):  # its keys are the user's own
+        return {key: _value(f"[{section}] {key}", str, value) for key, value in entries.items()}
     hints = get_type_hints(kind)
     for key in entries:
         if key not in hints:
@@ -276,6 +323,15 @@ def _check_ranges(policy: Policy) -> None:
         "[verdict] minimum_confirmations must be at least 1": verdict.minimum_confirmations >= 1,
         "[verdict] minimum_classes must be at least 3": verdict.minimum_classes >= 3,
         "[repair] accuracy_budget must lie in [0, 1)": 0 <= policy.repair.accuracy_budget < 1,
+        "[gate] maximum_age_days and maximum_waiver_days must be positive": (
+            policy.gate.maximum_age_days > 0 and policy.gate.maximum_waiver_days > 0
+        ),
+        "[clean_images] must name a file, a folder or an artifact URI for each model": all(
+            source.strip() for source in policy.clean_images.values()
+        ),
+        "[clean_images] must not hold user names or passwords, for reports record it": not any(
+            re.search(r"://[^\s/?#]*@", source) for source in policy.clean_images.values()
+        ),
         "[model] layout must be 'NCHW' or 'NHWC'": model.layout in (None, "NCHW", "NHWC"),
         "[model] channels must be 1 or 3": model.channels in (None, 1, 3),
         "[model] height and width must be at least 4": all(size is None or size >= 4 for size in (model.height, model.width)),

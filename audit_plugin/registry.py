@@ -6,6 +6,7 @@ between the check and its use.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +28,28 @@ import mlflow
 import numpy as np
 import requests
 from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
 
+from audit_plugin.attestation import SIGNING_KEY, TAG_OF, Statement, sign, signer_from_environment
 from audit_plugin.errors import RegistryError, UsageError, nearest
+from audit_plugin.gate import VersionFacts
 from audit_plugin.intake import inspect
+from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.input_spec import is_input_tag
+from audit_plugin.policy import verdict_digest_of
+from audit_plugin.promotion import Promotion
 from audit_plugin.report.guards import guard_document
 from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
-from audit_plugin.types import AuditReport, FileEntry, GuardReport, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
+from audit_plugin.types import AuditReport, GuardReport, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
 
 if TYPE_CHECKING:
+    from securesystemslib.signer import CryptoSigner
+
     from audit_plugin.guard import Guard
     from audit_plugin.model.load import Network
 
@@ -48,6 +57,7 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "backdoor-audits"
 VERDICT_TAG = "audit.verdict"
+ATTESTATION_FILE = "attestation.json"
 GUARD_OF_TAG = "audit.guard_of"
 REPAIRED_FROM_TAG = "audit.repaired_from"
 _REMOTE = ("models:/", "runs:/")
@@ -55,7 +65,6 @@ _MODEL_FILES = (".pt2", ".onnx", ".pt", ".pth")
 _BLOCK = ("<!-- backdoor-audit -->", "<!-- /backdoor-audit -->")
 _DESCRIPTION_LIMIT = 5000
 _SERVER_TIMEOUT_SECONDS = 5
-_CHUNK = 1024 * 1024
 _NETWORK_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -80,10 +89,15 @@ class PinnedModel:
 
 @dataclass(frozen=True)
 class LoggedReport:
-    """Where MLflow keeps a report: the run, and its page in the UI (None without an HTTP server)."""
+    """Where MLflow keeps a report: the run, and its page in the UI (None without an HTTP server).
+
+    ``promotion`` is what the promotion suite made of it; ``signed`` says whether the version got a signed attestation.
+    """
 
     run_id: str
     page: str | None
+    promotion: Promotion
+    signed: bool
 
 
 def pin(uri: str, destination: Path) -> PinnedModel:
@@ -118,15 +132,17 @@ def fetch_images(source: str, destination: Path) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(destination)))
 
 
-def log_report(report: AuditReport, files: Path) -> LoggedReport:
+def log_report(report: AuditReport, files: Path, promotion: Promotion) -> LoggedReport:
     """One run in the experiment ``backdoor-audits`` with all files of a report, linked to the audited model version.
 
     Writes headline metrics, ``audit.*`` tags and a short block in the version's description (replacing the one of an
-    earlier audit).
+    earlier audit). Where the environment holds a signing key, the version also gets a signed attestation of the verdict.
 
     Raises:
         RegistryError: the tracking server does not answer or refuses.
+        UsageError: the signing key cannot be read.
     """
+    signer = signer_from_environment()
     with _teaching(report.model.uri):
         check_server()
         client = MlflowClient()
@@ -135,15 +151,23 @@ def log_report(report: AuditReport, files: Path) -> LoggedReport:
         title = f"{model.name} v{model.version}" if model.name else Path(model.pinned_uri).name
         run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
         run_id = run.info.run_id
+        attestation = _attestation(report, files, promotion, run_id) if signer else None
         try:
             client.log_artifacts(run_id, str(files))
-            for name, value in _metrics(report).items():
+            for name, value in metrics_of(report).items():
                 client.log_metric(run_id, name, value)
             if model.model_id is not None:
                 client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
             page = _page(experiment_id, run_id)
+            if attestation is not None and signer is not None:
+                envelope = sign(attestation, signer)
+                client.log_text(run_id, envelope, ATTESTATION_FILE)
             if model.name is not None and model.version is not None:
-                _mark_version(client, report, model.name, model.version, run_id, page)
+                if attestation is not None:  # first of the tags: a registry with a gate takes the others on its word
+                    client.set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
+                tags = {**_tags(report), "audit.run_id": run_id}
+                _tag_version(client, model.name, model.version, tags, signed=attestation is not None)
+                _describe_version(client, report, model.name, model.version, page)
             client.set_terminated(run_id)
             if model.name is not None and model.version is not None:
                 # Last of all: an audit that was logged by half shows no verdict.
@@ -153,7 +177,91 @@ def log_report(report: AuditReport, files: Path) -> LoggedReport:
                 check_server()
                 client.set_terminated(run_id, "KILLED")
             raise
-        return LoggedReport(run_id, page)
+        return LoggedReport(run_id, page, promotion, attestation is not None)
+
+
+def _attestation(report: AuditReport, files: Path, promotion: Promotion, run_id: str) -> Statement | None:
+    """What an audit can sign; None for a model that is no registered version."""
+    model = report.model
+    if model.name is None or model.version is None:
+        return None
+    suspected = report.decision.suspected_class
+    facts = {
+        "verdict": str(report.decision.verdict),
+        "policy_digest": verdict_digest_of(report.policy),
+        "promotion": {"allowed": promotion.allowed, "suite_digest": promotion.suite_digest},
+        "clean_set": {"digest": report.clean_set.digest, "images": sum(report.clean_set.images_per_class)},
+        "seed": report.seed,
+        "suspected_class": None if suspected is None else {"index": suspected, "name": report.subject.class_names[suspected]},
+        "reasons": [reason.code for reason in report.decision.reasons],
+        "tool_version": report.tool_version,
+        "run_id": run_id,
+        "files": {entry.path: entry.sha256 for entry in manifest_of(files)},
+    }
+    tags = {**_tags(report), "audit.run_id": run_id}
+    return Statement("verdict", model.name, model.version, model.digest, datetime.datetime.now(datetime.UTC), tags, facts)
+
+
+def version_facts(name: str, version: str) -> VersionFacts:
+    """A registered version as the registry keeps it now.
+
+    Raises:
+        RegistryError: there is none, or the server does not answer.
+    """
+    with _teaching(f"models:/{name}/{version}"):
+        return facts_of(MlflowClient().get_model_version(name, version))
+
+
+def facts_of(registered: ModelVersion) -> VersionFacts:
+    """A version of MLflow's in the gate's terms."""
+    created = datetime.datetime.fromtimestamp(registered.creation_timestamp / 1000, datetime.UTC)
+    return VersionFacts(registered.name, str(registered.version), created, dict(registered.tags))
+
+
+def put_statement(statement: Statement, signer: CryptoSigner) -> None:
+    """Sign a statement and write it, with the tags that it vouches for, on its version.
+
+    Raises:
+        RegistryError: the registry does not answer or refuses.
+    """
+    with _teaching(statement.uri):
+        check_server()
+        client = MlflowClient()
+        client.set_model_version_tag(statement.name, statement.version, TAG_OF[statement.kind], sign(statement, signer))
+        for key, value in statement.tags.items():
+            client.set_model_version_tag(statement.name, statement.version, key, value)
+
+
+def promote(name: str, version: str, alias: str) -> None:
+    """Give a version an alias.
+
+    Raises:
+        RegistryError: the registry does not answer or refuses.
+    """
+    with _teaching(f"models:/{name}/{version}"):
+        check_server()
+        MlflowClient().set_registered_model_alias(name, alias, version)
+
+
+def fetch_report_files(attestation: Statement, names: Collection[str], destination: Path) -> tuple[Path, ...]:
+    """Files of the run that an attested audit logged, each compared with the hash that was signed.
+
+    Raises:
+        RegistryError: one is not there, is another than the one signed, or the server does not answer.
+    """
+    fetched = []
+    with _teaching(attestation.uri):
+        check_server()
+        run_id, signed = str(attestation.facts["run_id"]), attestation.facts["files"]
+        for name in names:
+            if name not in signed:
+                raise RegistryError(f"The audit of {attestation.uri} logged no {name}. Audit again with --again.")
+            file = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(destination)))
+            if hashlib.sha256(file.read_bytes()).hexdigest() != signed[name]:
+                file.unlink()
+                raise RegistryError(f"{name} of run {run_id} was changed after the audit. Audit again with --again.")
+            fetched.append(file)
+    return tuple(fetched)
 
 
 def register_repaired(original: ModelRef, network: Network, repair: RepairReport) -> str:
@@ -288,6 +396,7 @@ def _new_version(
     try:
         model_id = log_into(experiment_id, run_id)
         registered = client.create_model_version(name, f"models:/{model_id}", run_id, {**tags, **origin}, model_id=model_id)
+        _sign_tags(client, registered, {**tags, **origin})
     except BaseException:
         with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
             check_server()
@@ -300,6 +409,28 @@ def _new_version(
     return f"models:/{name}/{registered.version}"
 
 
+def _sign_tags(client: MlflowClient, registered: ModelVersion, wanted: Mapping[str, str]) -> None:
+    """Sign the tags that a registry with a gate did not take on a new version's creation, so that it takes them now."""
+    missing = {key: value for key, value in wanted.items() if registered.tags.get(key) != value}
+    if not missing:
+        return
+    signer = signer_from_environment()
+    if signer is None:
+        log.warning(
+            "This registry keeps audit tags only if they are signed, so models:/%s/%s does not say where it came from. "
+            "Set %s to sign them.",
+            registered.name,
+            registered.version,
+            SIGNING_KEY,
+        )
+        return
+    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+        location = client.get_model_version_download_uri(registered.name, registered.version)
+        digest = digest_of(manifest_of(_download(location, Path(temporary) / "model")))
+    now = datetime.datetime.now(datetime.UTC)
+    put_statement(Statement("origin", registered.name, str(registered.version), digest, now, missing), signer)
+
+
 def redacted(text: str) -> str:
     """``text`` without the user name and password of any URI in it.
 
@@ -307,25 +438,6 @@ def redacted(text: str) -> str:
     'http://tracking.example:5000/path'
     """
     return re.sub(r"(?<=://)[^\s/?#]*@", "", text)
-
-
-def manifest_of(folder: Path) -> tuple[FileEntry, ...]:
-    """Every regular file below ``folder``, sorted by path; links are left to intake, which refuses them."""
-    entries = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                while chunk := stream.read(_CHUNK):
-                    digest.update(chunk)
-            entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, digest.hexdigest()))
-    return tuple(entries)
-
-
-def digest_of(manifest: tuple[FileEntry, ...]) -> str:
-    """``sha256:<hex>`` over the lines 'sha256 size path' of a manifest."""
-    lines = "".join(f"{entry.sha256} {entry.size} {entry.path}\n" for entry in manifest)
-    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
 def _pin_local(path: Path, uri: str, folder: Path) -> PinnedModel:
@@ -495,7 +607,8 @@ def _tags(report: AuditReport) -> dict[str, str]:
     return tags
 
 
-def _metrics(report: AuditReport) -> dict[str, float]:
+def metrics_of(report: AuditReport) -> dict[str, float]:
+    """Headline figures by name: of the clean set, the triggers, each check on inputs. What was not measured has none."""
     metrics = {"clean_accuracy": report.clean_set.clean_accuracy.value, "seconds": report.duration_seconds}
     for outcome in report.outcomes:
         if not isinstance(outcome, Measured):
@@ -514,16 +627,20 @@ def _metrics(report: AuditReport) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")}
 
 
-def _mark_version(client: MlflowClient, report: AuditReport, name: str, version: str, run_id: str, page: str | None) -> None:
-    """Tags and description of an audited version; what an earlier audit found is taken back, the verdict not yet given."""
-    registered = client.get_model_version(name, version)
-    tags = {**_tags(report), "audit.run_id": run_id}
-    del tags[VERDICT_TAG]
-    for key in {VERDICT_TAG, "audit.suspected_class"} & set(registered.tags) - set(tags):
-        client.delete_model_version_tag(name, version, key)
+def _tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str], *, signed: bool) -> None:
+    """All tags of an audit but the verdict. What an earlier audit found is taken back, but for what was just signed again."""
+    present = client.get_model_version(name, version).tags
+    for key in (VERDICT_TAG, "audit.suspected_class"):
+        if key in present and not (signed and present[key] == tags.get(key)):
+            client.delete_model_version_tag(name, version, key)
     for key, value in tags.items():
-        client.set_model_version_tag(name, version, key, value)
-    description = registered.description or ""
+        if key != VERDICT_TAG:
+            client.set_model_version_tag(name, version, key, value)
+
+
+def _describe_version(client: MlflowClient, report: AuditReport, name: str, version: str, page: str | None) -> None:
+    """The audit's summary in a version's description, in place of an earlier one."""
+    description = client.get_model_version(name, version).description or ""
     block = f"{_BLOCK[0]}\n{render_markdown_block(report, page)}\n{_BLOCK[1]}"
     pattern = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
     written = pattern.sub(lambda _: block, description) if pattern.search(description) else f"{description}\n\n{block}".strip()

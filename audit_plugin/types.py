@@ -21,7 +21,7 @@ LabelArray: TypeAlias = NDArray[np.int64]
 Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
 Layout = Literal["NCHW", "NHWC"]
 TriggerFamily = Literal["patch", "additive"]
-ReportFormat = Literal["text", "json", "html", "csv", "parquet"]
+ReportFormat = Literal["text", "json", "html", "sarif", "junit", "markdown", "csv", "parquet"]
 
 
 class Verdict(enum.StrEnum):

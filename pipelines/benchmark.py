@@ -2,6 +2,7 @@
 
 python -m pipelines.benchmark overhead    the layer-wise scoring session against the bare forward session
 python -m pipelines.benchmark guard       a guarded model against the bare model; fails above a time ratio of 1.15
+python -m pipelines.benchmark gate        calls on the registry with and without the promotion gate
 """
 
 from __future__ import annotations
@@ -74,6 +75,27 @@ def guard(
     ratio = _compare(models, images, rounds, batch)
     if ratio > limit:
         _console.print(f"the time ratio is above {limit}", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def gate(
+    rounds: Annotated[int, typer.Option(help="Calls of each kind on each store, in turn.")] = 300,
+    megabytes: Annotated[int, typer.Option(help="Size of the files of the version that is promoted.")] = 200,
+    limit: Annotated[float, typer.Option(help="Largest ratio of an unprotected call that is accepted.")] = 1.05,
+) -> None:
+    """Time of registry calls with the promotion gate over those without, on SQLite: exit code 1 above the limit."""
+    from pipelines.gate_timing import time_gate  # needs MLflow, which a machine for the other benchmarks may lack
+
+    with tempfile.TemporaryDirectory() as folder:
+        timings = time_gate(Path(folder), rounds=rounds, megabytes=megabytes)
+    table = Table("call", "plain, ms", "gated, ms", "hashing, ms", "ratio", box=None)
+    for timing in timings:
+        figures = (timing.plain, timing.gated, timing.hashing)
+        table.add_row(timing.call, *(f"{1000 * figure:.2f}" for figure in figures), f"{timing.ratio:.3f}")
+    _console.print(table)
+    if (worst := max(timing.ratio for timing in timings if not timing.hashing)) > limit:
+        _console.print(f"the ratio {worst:.3f} is above {limit}", style="red")
         raise typer.Exit(1)
 
 

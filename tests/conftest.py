@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,29 +120,49 @@ def keeping_state() -> Callable[[], AbstractContextManager[None]]:
     return state_kept
 
 
-@pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an MLflow server on SQLite that keeps the artifacts itself."""
-    folder = tmp_path_factory.mktemp("server")
+@contextmanager
+def running_server(folder: Path, *options: str, **environment: str) -> Iterator[str]:
+    """The address of an MLflow server on SQLite, in ``folder``, that keeps the artifacts itself; its log is ``server.log``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    log = request.config.stash[SERVER_LOG] = folder / "server.log"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "BACKDOOR_AUDIT_"))}
+    inherited |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    log = folder / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            [*command, *options],
+            cwd=folder,
+            env=inherited | environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_until_healthy(address, process, log)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have died by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., AbstractContextManager[str]]:
+    """:func:`running_server`, for fixtures outside this file."""
+    return running_server
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an MLflow server whose registry has no gate."""
+    folder = tmp_path_factory.mktemp("server")
+    request.config.stash[SERVER_LOG] = folder / "server.log"
+    with running_server(folder) as address:
+        yield address
 
 
 def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:

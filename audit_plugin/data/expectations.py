@@ -10,6 +10,7 @@ empty column a success and a missing one a failure.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from audit_plugin.types import Expectation, InputSpec, LabelArray, LabelledImage
 Suite: TypeAlias = Sequence[Mapping[str, Any]]
 
 _SHOWN = 5
+_ONE_CONTEXT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,14 @@ def run_suite(tables: Mapping[str, Table], suite: Suite) -> tuple[Expectation, .
 
     _check_suite(tables, suite)
     results: dict[str, Any] = {}
-    with _ephemeral_context() as context:
+    with ephemeral_context() as context:
         source = context.data_sources.add_pandas("tables")
         for name, table in tables.items():
-            expectations = [_built(spec) for spec in suite if spec["meta"]["table"] == name]
+            expectations = [
+                build_expectation(spec, f"expectation '{spec['meta']['name']}'")
+                for spec in suite
+                if spec["meta"]["table"] == name
+            ]
             if not expectations:
                 continue
             definition = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all rows")
@@ -330,8 +336,9 @@ def _check_suite(tables: Mapping[str, Table], suite: Suite) -> None:
 
 
 @contextmanager
-def _ephemeral_context() -> Iterator[Any]:
-    """A context in memory, silent; the caller's own current context is restored, because there is one a process."""
+def ephemeral_context() -> Iterator[Any]:
+    """A context in memory, silent, for one thread at a time, because there is one current context a process; the caller's own is
+    restored."""
     from great_expectations.data_context.data_context.context_factory import get_context, project_manager, set_context
     from great_expectations.data_context.types.base import (
         DataContextConfig,
@@ -340,35 +347,43 @@ def _ephemeral_context() -> Iterator[Any]:
     )
     from great_expectations.exceptions.exceptions import DataContextRequiredError
 
-    try:
-        before = project_manager.get_current_project()
-    except DataContextRequiredError:
-        before = None
     config = DataContextConfig(
         analytics_enabled=False,
         progress_bars=ProgressBarsConfig(globally=False),
         store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
     )
-    try:
-        yield get_context(mode="ephemeral", project_config=config)
-    finally:
-        set_context(before)
+    with _ONE_CONTEXT:
+        try:
+            before = project_manager.get_current_project()
+        except DataContextRequiredError:
+            before = None
+        try:
+            yield get_context(mode="ephemeral", project_config=config)
+        finally:
+            set_context(before)
 
 
-def _built(spec: Mapping[str, Any]) -> Any:
+def build_expectation(spec: Mapping[str, Any], called: str) -> Any:
+    """The great-expectations object of ``spec``, which errors speak of as ``called``.
+
+    Raises:
+        UsageError: its type is unknown, or its arguments do not fit.
+    """
     from great_expectations.exceptions.exceptions import ExpectationNotFoundError
     from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
     from great_expectations.expectations.registry import list_registered_expectation_implementations
 
-    name, kind = spec["meta"]["name"], spec["type"]
+    kind = spec["type"]
     # A suite that is given plain dicts drops an unknown type with a log line; building them here makes it an error.
     try:
-        return ExpectationConfiguration(type=kind, kwargs=dict(spec.get("kwargs", {})), meta=dict(spec["meta"])).to_domain_obj()
+        return ExpectationConfiguration(
+            type=kind, kwargs=dict(spec.get("kwargs", {})), meta=dict(spec.get("meta", {}))
+        ).to_domain_obj()
     except ExpectationNotFoundError as error:
         known = list_registered_expectation_implementations()
-        raise UsageError(f"expectation '{name}' is of the unknown type '{kind}'.{nearest(kind, known)}") from error
+        raise UsageError(f"{called} is of the unknown type '{kind}'.{nearest(kind, known)}") from error
     except (ValueError, TypeError) as error:
-        raise UsageError(f"expectation '{name}' ({kind}) is malformed: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{called} ({kind}) is malformed: {' '.join(str(error).split())}.") from error
 
 
 # ------------------------------------------------------------------------------------------------ after the run
@@ -378,7 +393,7 @@ def _judged(spec: Mapping[str, Any], result: Any, table: Table) -> Expectation:
     meta = spec["meta"]
     if result is None:
         raise AuditError(f"expectation '{meta['name']}' came back without a result from great-expectations.")
-    error = _exception_message(result.exception_info)
+    error = exception_message(result.exception_info)
     if error is not None:
         raise AuditError(f"expectation '{meta['name']}' could not be evaluated: {error}.")
     return Expectation(
@@ -390,7 +405,7 @@ def _judged(spec: Mapping[str, Any], result: Any, table: Table) -> Expectation:
     )
 
 
-def _exception_message(info: Mapping[str, Any] | None) -> str | None:
+def exception_message(info: Mapping[str, Any] | None) -> str | None:
     """The first message that great-expectations caught: it keeps one flat record, or one for each metric that broke."""
     records = [info or {}, *(record for record in (info or {}).values() if isinstance(record, Mapping))]
     for record in records:

@@ -20,7 +20,9 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from audit_plugin import cli as command_line
+from audit_plugin.cli import auditing
 from audit_plugin.intake import inspect
+from audit_plugin.promotion import judge, load_suite
 from audit_plugin.registry import EXPERIMENT, LoggedReport, PinnedModel, fetch_images, log_report, pin
 from audit_plugin.report import load, validate, write_report
 from audit_plugin.types import AuditReport, Decision, Reason, Verdict
@@ -173,7 +175,7 @@ def clean_audit(
     policy = tmp_path_factory.mktemp("policy") / "audit.toml"
     policy.write_text(SMALL_BUDGET, encoding="utf-8")
     results: list[tuple[AuditReport, LoggedReport]] = []
-    original = command_line.audit_and_publish
+    original = auditing.audit_and_publish
 
     def recorded(*arguments: Any, **options: Any) -> tuple[AuditReport, LoggedReport]:
         results.append(original(*arguments, **options))
@@ -183,7 +185,7 @@ def clean_audit(
         mlflow.set_tracking_uri(server)
         MlflowClient().set_registered_model_alias("digits-clean", "candidate", "1")
         MlflowClient().update_model_version("digits-clean", "1", OWN_WORDS)
-        patch.setattr(command_line, "audit_and_publish", recorded)
+        patch.setattr(auditing, "audit_and_publish", recorded)
         arguments = ["run", "models:/digits-clean@candidate", "--clean", str(demo.clean_images), "--policy", str(policy)]
         code = command_line._main(arguments)
     return Audited(code, stdout.getvalue(), *results[0])
@@ -200,6 +202,11 @@ def test_summary_leads_with_the_verdict_and_the_pinned_model(clean_audit: Audite
     assert clean_audit.report.model.pinned_uri == "models:/digits-clean/1"
     assert clean_audit.logged.page in clean_audit.output
     assert clean_audit.logged.page.startswith(server)
+
+
+def test_the_shipped_promotion_suite_allows_what_passed(clean_audit: Audited) -> None:
+    assert clean_audit.logged.promotion.allowed, clean_audit.logged.promotion.results
+    assert not clean_audit.logged.signed, "no signing key is set"
 
 
 def test_every_class_was_searched_on_disjoint_splits(clean_audit: Audited) -> None:
@@ -220,7 +227,7 @@ def _blocks(description: str) -> int:
 
 def _log_again(report: AuditReport, folder: Path) -> LoggedReport:
     write_report(report, folder, ("json", "html"))
-    return log_report(report, folder)
+    return log_report(report, folder, judge(report, load_suite(None)))
 
 
 def test_users_own_description_stays_above_the_note(clean_audit: Audited, client: MlflowClient) -> None:

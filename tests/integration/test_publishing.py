@@ -16,8 +16,10 @@ import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from audit_plugin import cli as command_line
+from audit_plugin.cli import auditing
+from audit_plugin.cli.console import LogChoice
 from audit_plugin.errors import RegistryError
+from audit_plugin.promotion import judge, load_suite
 from audit_plugin.registry import EXPERIMENT, describe_tracking, log_report
 from audit_plugin.report import load, write_report
 from audit_plugin.types import AuditReport
@@ -140,11 +142,11 @@ def test_report_names_the_clean_images_as_the_user_did(untrained: Untrained, cli
 @pytest.fixture(scope="module")
 def report(untrained: Untrained, keeping_state: Callable[[], AbstractContextManager[None]]) -> AuditReport:
     with keeping_state():
-        finished, _ = command_line.audit_and_publish(
+        finished, _ = auditing.audit_and_publish(
             str(untrained.model),
             str(untrained.clean),
             policy_file=untrained.policy,
-            log=command_line.LogChoice.NEVER,
+            log=LogChoice.NEVER,
             command="backdoor-audit run x --clean https://user:secret@host/clean.npz",
         )
     return finished
@@ -178,7 +180,7 @@ def _tags(client: MlflowClient, report: AuditReport) -> dict[str, str]:
 def test_audit_that_is_half_logged_shows_no_verdict(
     registered: AuditReport, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log_report(registered, tmp_path)
+    log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert _tags(client, registered)["audit.verdict"] == "inconclusive"
 
     def refused(*arguments: object, **options: object) -> None:
@@ -187,9 +189,9 @@ def test_audit_that_is_half_logged_shows_no_verdict(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "update_model_version", refused)
         with pytest.raises(RegistryError, match="no room"):
-            log_report(registered, tmp_path)
+            log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert "audit.verdict" not in _tags(client, registered)
-    log_report(registered, tmp_path)
+    log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert _tags(client, registered)["audit.verdict"] == "inconclusive"
 
 
@@ -197,7 +199,7 @@ def test_link_in_the_description_holds_no_credentials(
     registered: AuditReport, client: MlflowClient, tracking: str, tmp_path: Path
 ) -> None:
     mlflow.set_tracking_uri(tracking.replace("://", "://user:secret@"))
-    logged = log_report(registered, tmp_path)
+    logged = log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert logged.page is not None
     assert logged.page.startswith(tracking)
     assert registered.model.name is not None

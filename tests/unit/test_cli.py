@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 from audit_plugin import cli as command_line
+from audit_plugin.cli import auditing, console
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -21,7 +22,7 @@ def test_log_line_shows_the_models_control_characters_instead_of_sending_them(
     capfd: pytest.CaptureFixture[str], keeping_state
 ) -> None:
     with keeping_state():
-        command_line._configure_logging(verbose=True)
+        console.configure_logging(verbose=True)
         logging.getLogger("audit_plugin.model").warning("The layer '%s' is odd.", "\x1b[2J\u202egpj\nerror: forged")
     (line,) = capfd.readouterr().err.rstrip("\n").splitlines() or [""]
     assert "\x1b" not in line
@@ -31,7 +32,7 @@ def test_log_line_shows_the_models_control_characters_instead_of_sending_them(
 
 def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_state) -> None:
     with keeping_state():
-        command_line._configure_logging(verbose=True)
+        console.configure_logging(verbose=True)
         try:
             raise ValueError("\x1b[2J")
         except ValueError:
@@ -45,7 +46,7 @@ def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_st
 def test_doctor_shows_the_tracking_uri_as_it_is_but_for_its_credentials(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_line._stdout, "_width", 400)
+    monkeypatch.setattr(console.stdout, "_width", 400)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/[red]none.db")
     assert "[red]none.db" in cli("doctor").stdout
     mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
@@ -65,10 +66,28 @@ def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(cli: Cli, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.demo.prepare_demo", lambda folder, say: prepared)
-    monkeypatch.setattr(command_line, "audit_and_publish", recorded)
+    monkeypatch.setattr(auditing, "audit_and_publish", recorded)
     finished = cli("demo")
     assert shlex.split(commands[0]) == [
         "MLFLOW_TRACKING_URI=sqlite:////my demo/mlflow.db",
         *("backdoor-audit", "run", "models:/digits/1", "--clean", "/my demo/clean.npz"),
     ]
     assert finished.stderr.strip() == "error: Interrupted."
+
+
+@pytest.mark.parametrize("name", ["html", "sarif", "junit", "markdown", "csv", "parquet"])
+def test_a_format_that_is_a_file_asks_for_a_folder(cli: Cli, name: str) -> None:
+    finished = cli("run", "model.onnx", "--clean", "clean.npz", "--format", f"text,{name}")
+    assert finished.returncode == 4
+    assert f"the format {name} needs a folder to go to: add -o FOLDER" in finished.stderr
+
+
+def test_an_unknown_format_names_the_nearest(cli: Cli) -> None:
+    finished = cli("run", "model.onnx", "--clean", "clean.npz", "--format", "serif")
+    assert finished.returncode == 4
+    assert "There is no format 'serif'. Did you mean 'sarif'?" in finished.stderr
+
+
+def test_help_lists_every_format(cli: Cli) -> None:
+    shown = " ".join(cli("run", "--help").stdout.replace("\u2502", " ").split())
+    assert f"Any of {', '.join(command_line.FORMATS)}, by commas." in shown

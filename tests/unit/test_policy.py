@@ -4,6 +4,7 @@ import pytest
 
 from audit_plugin.errors import UsageError
 from audit_plugin.policy import Policy, load_policy, policy_from
+from audit_plugin.requirements import clean_images_of
 
 
 def test_no_file_and_an_empty_file_are_the_defaults(tmp_path):
@@ -52,6 +53,11 @@ def test_a_list_without_an_empty_default_is_read_too():
         ({"layerwise": {"tau": 10**400}}, "must be a finite number"),
         ({"model": {"layout": "HWC"}}, "layout must be 'NCHW' or 'NHWC'"),
         ({"bad_expert": {"auxiliary_epochs": 4}}, "auxiliary_epochs must be at least 5"),
+        ({"clean_images": {"digits": 3}}, r"\[clean_images\] digits in the policy must be str, got 3"),
+        ({"clean_images": {"digits": {"v2": "a.npz"}}}, "digits in the policy must be str, got {'v2'"),
+        ({"clean_images": {"digits": " "}}, "must name a file, a folder or an artifact URI"),
+        ({"clean_images": {"digits": "https://me:hunter2@host/clean.npz"}}, "must not hold user names or passwords"),
+        ({"clean_images": "clean.npz"}, r"Expected a section \[clean_images\]"),
         ({"repair": {"accuracy_budget": 1.0}}, r"\[repair\] accuracy_budget must lie in \[0, 1\)"),
     ],
 )
@@ -73,3 +79,48 @@ def test_the_digest_speaks_of_values_not_of_spelling():
     assert spelled_out.digest == Policy().digest
     assert policy_from({"layerwise": {"tau": 2.6}}).digest != Policy().digest
     assert Policy().digest.startswith("sha256:")
+
+
+CLEAN_IMAGES = """
+[clean_images]
+"vision-*" = "vision.npz"
+"vision-digits" = "/data/digits.npz"
+"vision-[!x]*" = "never.npz"
+"*" = "runs:/0123/clean.npz"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("vision-digits", "/data/digits.npz"),
+        ("vision-cats", "vision.npz"),
+        ("Vision-cats", "runs:/0123/clean.npz"),
+        ("vision-*", "vision.npz"),
+    ],
+)
+def test_the_models_own_name_wins_then_the_first_pattern(tmp_path, name, source):
+    (tmp_path / "audit.toml").write_text(CLEAN_IMAGES)
+    assert load_policy(tmp_path / "audit.toml").clean_images_for(name) == source
+
+
+def test_a_model_that_no_pattern_matches_has_no_clean_images(tmp_path):
+    (tmp_path / "audit.toml").write_text('[clean_images]\n"digits-*" = "a.npz"\n')
+    assert load_policy(tmp_path / "audit.toml").clean_images_for("digits") is None
+    assert clean_images_of("digits", tmp_path / "audit.toml") is None
+    assert clean_images_of("digits", None) is None
+
+
+def test_relative_clean_images_start_at_the_policys_folder(tmp_path):
+    (tmp_path / "audit.toml").write_text(CLEAN_IMAGES)
+    found = [clean_images_of(name, tmp_path / "audit.toml") for name in ("vision-cats", "vision-digits", "other")]
+    assert found == [str(tmp_path / "vision.npz"), "/data/digits.npz", "runs:/0123/clean.npz"]
+
+
+def test_clean_images_are_recorded_but_decide_no_verdict(tmp_path):
+    (tmp_path / "audit.toml").write_text(CLEAN_IMAGES)
+    policy = load_policy(tmp_path / "audit.toml")
+    assert policy_from({"clean_images": policy.document()["clean_images"]}) == policy
+    assert list(policy.document()["clean_images"]) == ["vision-*", "vision-digits", "vision-[!x]*", "*"]
+    assert policy.digest != Policy().digest
+    assert policy.verdict_digest == Policy().verdict_digest

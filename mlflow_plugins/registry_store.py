@@ -1,0 +1,240 @@
+"""The gate inside MLflow's model registry: ``audited+sqlite:///...`` is MLflow's own SQL store that refuses what is not audited.
+
+    mlflow server --backend-store-uri sqlite:///mlflow.db --registry-store-uri audited+sqlite:///mlflow.db
+
+Every way into the registry (REST, the UI, the Python client) ends in the store, so this is where the rule holds. What it
+refuses, it refuses with HTTP 403 and the command that helps. Reading is untouched, and so is whatever no rule speaks of.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+from urllib.request import url2pathname
+
+from mlflow.entities.model_registry import ModelVersion, ModelVersionTag, RegisteredModel, RegisteredModelTag
+from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
+
+from audit_plugin.errors import AttestationError, AuditError
+from audit_plugin.gate import (
+    Requirements,
+    Standing,
+    VersionFacts,
+    check_sealed_tag,
+    is_protected,
+    is_sealed,
+    must_stay,
+    standing_of,
+)
+from audit_plugin.manifest import digest_of, manifest_of
+from audit_plugin.registry import facts_of
+from audit_plugin.requirements import load_requirements
+
+log = logging.getLogger(__name__)
+
+POLICY = "BACKDOOR_AUDIT_POLICY"
+SCHEME = "audited+"
+_PROMPT_TAG = "mlflow.prompt.is_prompt"
+_PROMPT_SOURCES = ("prompt-template", "dummy-source")  # what MLflow writes where a prompt has no artifacts
+
+
+class PromotionGate(SqlAlchemyStore):
+    """MLflow's SQL store, in which a protected alias or stage needs a signed audit or a waiver, and ``audit.*`` tags a signature.
+
+    The policy is read once, from the file that ``BACKDOOR_AUDIT_POLICY`` names; the keys come from
+    ``BACKDOOR_AUDIT_VERIFYING_KEYS`` and ``BACKDOOR_AUDIT_WAIVER_KEYS``. Without keys every promotion is refused.
+    """
+
+    def __init__(self, db_uri: str, read_db_uri: str | None = None) -> None:
+        path = os.environ.get(POLICY)
+        self._requirements: Requirements = load_requirements(Path(path) if path else None)
+        if not self._requirements.verdict_keys.keys:
+            log.warning("No verifying keys are set (BACKDOOR_AUDIT_VERIFYING_KEYS): every promotion will be refused.")
+        super().__init__(db_uri, read_db_uri=read_db_uri)
+
+    # ------------------------------------------------------------------------------------------------- promotion
+
+    def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
+        if is_protected(alias, self._requirements.gate.protected_aliases):
+            self._check_promotion(name, version, f"the alias '{alias}'")
+        super().set_registered_model_alias(name, alias, version)
+
+    def transition_model_version_stage(
+        self, name: str, version: str, stage: str, archive_existing_versions: bool
+    ) -> ModelVersion:
+        if is_protected(stage, self._requirements.gate.protected_stages):
+            self._check_promotion(name, version, f"the stage '{stage}'")
+        return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
+
+    def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
+        """Aliases and stages go along with a new name, statements do not: a promoted model keeps its name."""
+        gate = self._requirements.gate
+        model = super().get_registered_model(name)
+        held = [alias for alias in model.aliases if is_protected(alias, gate.protected_aliases)]
+        held += [
+            version.current_stage
+            for version in model.latest_versions
+            if is_protected(version.current_stage, gate.protected_stages)
+        ]
+        if held and not all(is_prompt(version) for version in model.latest_versions):
+            raise _denied(
+                f"'{name}' may not be renamed while a version holds {', '.join(sorted(set(held)))}: signed audits speak of its "
+                "name. Take alias and stage away, rename it, audit it again and promote it."
+            )
+        return super().rename_registered_model(name, new_name)
+
+    def _check_promotion(self, name: str, version: str, place: str) -> None:
+        """Raises a 403 unless the version may be promoted; its files are hashed only if all else is in order."""
+        registered = super().get_model_version(name, version)
+        if is_prompt(registered):
+            return
+        facts = facts_of(registered)
+        standing = standing_of(facts, self._requirements, digest=None)
+        if standing.allowed:
+            with _reading_artifacts(facts.uri):
+                digest = artifact_digest(self.get_model_version_download_uri(name, version))
+            standing = standing_of(facts, self._requirements, digest=digest)
+        if not standing.allowed:
+            raise _denied(refusal(facts, standing, place))
+        if standing.reasons and standing.waiver is not None:
+            by, until, reason = (standing.waiver.facts.get(key) for key in ("by", "until", "reason"))
+            log.warning("%s gets %s by a waiver of %s until %s: %s", facts.uri, place, by, until, reason)
+
+    # ------------------------------------------------------------------------------------------------------ tags
+
+    def create_model_version(
+        self,
+        name: str,
+        source: str,
+        run_id: str | None = None,
+        tags: list[ModelVersionTag] | None = None,
+        *arguments: Any,
+        **settings: Any,
+    ) -> ModelVersion:
+        """A version begins without any verdict: ``audit.*`` tags, which a copy brings along, are left out."""
+        return super().create_model_version(name, source, run_id, _unsealed(tags, name), *arguments, **settings)
+
+    def create_registered_model(
+        self, name: str, tags: list[RegisteredModelTag] | None = None, *arguments: Any, **settings: Any
+    ) -> RegisteredModel:
+        return super().create_registered_model(name, _unsealed(tags, name), *arguments, **settings)
+
+    def set_model_version_tag(self, name: str, version: str, tag: ModelVersionTag) -> None:
+        if is_sealed(tag.key):
+            with _denying():
+                check_sealed_tag(facts_of(super().get_model_version(name, version)), tag.key, tag.value, self._requirements)
+        super().set_model_version_tag(name, version, tag)
+
+    def delete_model_version_tag(self, name: str, version: str, key: str) -> None:
+        if is_sealed(key) and must_stay(facts_of(super().get_model_version(name, version)), key, self._requirements):
+            raise _denied(
+                f"The tag '{key}' of models:/{name}/{version} is part of a signed statement and stays until a newer one is set."
+            )
+        super().delete_model_version_tag(name, version, key)
+
+    def set_registered_model_tag(self, name: str, tag: RegisteredModelTag) -> None:
+        if is_sealed(tag.key):
+            raise _denied(
+                f"The tag '{tag.key}' would look like an audit's; audits speak of versions, not of '{name}' as a whole."
+            )
+        super().set_registered_model_tag(name, tag)
+
+
+class WorkspacePromotionGate(PromotionGate, WorkspaceAwareSqlAlchemyStore):
+    """The same for servers with workspaces."""
+
+
+def audited_store(store_uri: str | None = None, tracking_uri: str | None = None) -> PromotionGate:
+    """What MLflow's entry points name for ``audited+<database>`` URIs."""
+    gate = WorkspacePromotionGate if MLFLOW_ENABLE_WORKSPACES.get() else PromotionGate
+    try:
+        return gate((store_uri or "").removeprefix(SCHEME))
+    except AuditError as error:  # a policy or key that cannot be read
+        raise MlflowException.invalid_parameter_value(f"The promotion gate cannot start: {error}") from error
+
+
+def is_prompt(version: ModelVersion) -> bool:
+    """Whether a version is a prompt, which has no artifacts to audit. Its tag alone, which any client can set, is no proof."""
+    return _PROMPT_TAG in version.tags and version.source in _PROMPT_SOURCES
+
+
+def refusal(version: VersionFacts, standing: Standing, place: str) -> str:
+    """One line: what was refused, why, and which command helps."""
+    reasons = " ".join(reason.message for reason in standing.reasons)
+    return f"{version.uri} may not get {place}. {reasons} Run: backdoor-audit gate {version.uri} --clean IMAGES"
+
+
+def artifact_digest(location: str) -> str:
+    """``sha256:<hex>`` of the files at an artifact location, as an audit would pin them.
+
+    A server that keeps the artifacts itself reads them where they are, others are fetched into a folder that is deleted again.
+
+    Raises:
+        AuditError: links lie among the files, or there are none.
+        OSError, MlflowException: they cannot be read.
+    """
+    location = _behind_the_proxy(location)
+    parsed = urlparse(location)
+    if parsed.scheme in ("", "file"):
+        return _digest_of_folder(Path(url2pathname(parsed.path)))
+    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+        return _digest_of_folder(Path(get_artifact_repository(location).download_artifacts("", temporary)))
+
+
+def _behind_the_proxy(location: str) -> str:
+    """The place that this server serves as ``mlflow-artifacts:``; any other location as it is."""
+    from mlflow.server.constants import ARTIFACTS_DESTINATION_ENV_VAR
+
+    destination = os.environ.get(ARTIFACTS_DESTINATION_ENV_VAR)
+    if destination is None or not location.startswith("mlflow-artifacts:"):
+        return location
+    return f"{destination.rstrip('/')}/{unquote(urlparse(location).path).lstrip('/')}"
+
+
+def _digest_of_folder(folder: Path) -> str:
+    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    if links:
+        raise AttestationError(f"A link lies among its files: '{links[0].relative_to(folder)}'.")
+    manifest = manifest_of(folder)
+    if not manifest:
+        raise AttestationError("It has no files.")
+    return digest_of(manifest)
+
+
+def _unsealed(tags: list[Any] | None, name: str) -> list[Any]:
+    kept = [tag for tag in tags or [] if not is_sealed(tag.key)]
+    if left := len(tags or []) - len(kept):
+        log.info("%d audit tags were left out of a new entry of '%s': it has to earn its own verdict.", left, name)
+    return kept
+
+
+@contextmanager
+def _denying() -> Iterator[None]:
+    try:
+        yield
+    except AttestationError as error:
+        raise _denied(f"{error} The tags audit.* are written by 'backdoor-audit' with a signing key.") from error
+
+
+@contextmanager
+def _reading_artifacts(uri: str) -> Iterator[None]:
+    """Whatever keeps the files from being hashed keeps the version from being promoted."""
+    try:
+        yield
+    except (AuditError, OSError, MlflowException) as error:
+        raise _denied(f"{uri} may not be promoted: its files cannot be compared with the audit. {error}") from error
+
+
+def _denied(message: str) -> MlflowException:
+    return MlflowException(message, error_code=PERMISSION_DENIED)
