@@ -98,9 +98,19 @@ def with_auth(environment: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
-# Asked on import as well: the process that starts the workers imports this module once, and would restart for ever workers that
-# die of it.
+def _check_auth() -> None:
+    """That authentication can start: there is a secret key, and an administrator or the password to make one with."""
+    from mlflow.server import auth
+
+    auth.get_flask_server_secret_key()
+    auth.bootstrap_admin_user()
+
+
+# `mlflow server` imports this module once, before it starts workers. It restarts workers that die, without end, so that what
+# keeps authentication from starting has to come up here. MLflow does the same, but only for its own app.
 _WITH_AUTH = with_auth()
+if _WITH_AUTH:
+    _check_auth()
 
 
 def create_app(app: Flask = mlflow_app) -> Flask | FastAPI:

@@ -136,7 +136,10 @@ def test_everything_works_without_scripts(open_page, browser):
 CONTRAST = """
 const channel = value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
 const parse = text => text.match(/[0-9.]+/g).map(Number);
-const light = color => { const [r, g, b] = color.map(value => channel(value / 255)); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const light = color => {
+  const [r, g, b] = color.map(value => channel(value / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
 const ground = element => {
   for (let at = element; at; at = at.parentElement) {
     const color = parse(getComputedStyle(at).backgroundColor);
@@ -150,7 +153,7 @@ for (const element of document.querySelectorAll("body *")) {
   if (!own || !element.checkVisibility() || element.closest("option, .unseen, .skip, :disabled")) continue;
   const [a, b] = [light(parse(getComputedStyle(element).color).slice(0, 3)), light(ground(element))];
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 40)}`);
+  if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.outerHTML.slice(0, 120)}`);
 }
 return low;
 """
@@ -201,8 +204,7 @@ def test_hostile_model_is_only_text_and_leads_to_its_own_pages(open_page, server
     assert select(browser, "h1")[0].text.startswith("<img src=x")
     assert not select(browser, "img[src=x], script:not([src])")
     assert browser.get_log("browser") == []
-    link = [link for link in select(browser, ".links a") if link.text.startswith("Version")][0]
-    link.click()
+    next(link for link in select(browser, ".links a") if link.text.startswith("Version")).click()
     wait_for(browser, lambda: "Version 1" in select(browser, "body")[0].text)
     assert strangers(browser, server) == set()
 
@@ -232,7 +234,7 @@ def test_published_audit_shows_with_its_picture_and_report(open_page, server, re
     wait_for(browser, lambda: browser.execute_script("return arguments[0].naturalWidth", image) > 0)
     browser.get(f"{server}/backdoor-audit/model?name=published")
     assert "Trigger outlier score" in select(browser, "dl.figures")[0].text
-    [link for link in select(browser, ".links a") if link.text.startswith("Report")][0].click()
+    next(link for link in select(browser, ".links a") if link.text.startswith("Report")).click()
     frame = wait_for(browser, lambda: select(browser, "iframe[sandbox]"))[0]
     browser.switch_to.frame(frame)
     wait_for(browser, lambda: select(browser, "h1") and select(browser, "h1")[0].text == "Fail")

@@ -132,7 +132,7 @@ def test_who_may_not_read_a_model_learns_nothing_of_it_on_any_route(opening, clo
     for address, user in ((opening, "barred"), (closing, "reader")):
         response = ask(address, user, path, method)
         assert response.status_code == (200 if path in ("", "?text=closed") else 404)
-        assert not is_told(response) or address == opening and path == ""  # there, of the model 'open'
+        assert not is_told(response) or (address == opening and path == "")  # there, of the model 'open'
     absent = ask(opening, "barred", path.replace("closed", "absent"), method)
     assert absent.status_code == ask(opening, "barred", path, method).status_code
 
@@ -159,7 +159,8 @@ def test_page_without_its_last_slash_leads_to_it(opening):
     ("environment", "message"),
     [
         ({"BACKDOOR_AUDIT_AUTH": "yes"}, "BACKDOOR_AUDIT_AUTH must be 'basic' or not set, got 'yes'."),
-        ({"BACKDOOR_AUDIT_AUTH": "basic", "MLFLOW_FLASK_SERVER_SECRET_KEY": ""}, "A static secret key needs to be set"),
+        ({"BACKDOOR_AUDIT_AUTH": "basic"}, "A static secret key needs to be set"),
+        ({"BACKDOOR_AUDIT_AUTH": "basic", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "MLFLOW_AUTH_ADMIN_PASSWORD"),
     ],
 )
 def test_server_that_cannot_be_guarded_does_not_start(tmp_path, environment, message):

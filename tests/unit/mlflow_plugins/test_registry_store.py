@@ -1,0 +1,107 @@
+"""The gate as a store: how MLflow finds it, what it loads, workspaces, and where the artifacts are."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from mlflow.entities.model_registry import ModelVersionTag
+from mlflow.exceptions import MlflowException
+from mlflow.server.constants import ARTIFACTS_DESTINATION_ENV_VAR
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
+from mlflow.tracking._model_registry.utils import _get_store_registry
+
+from audit_plugin.errors import AttestationError
+from audit_plugin.manifest import digest_of, manifest_of
+from mlflow_plugins.registry_store import PromotionGate, WorkspacePromotionGate, artifact_digest, audited_store
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_address_that_is_declared_leads_to_the_gate():
+    declared = configparser.ConfigParser()
+    declared.read(ROOT / "setup.cfg")
+    schemes = {
+        line.split("=")[0].strip() for line in declared["options.entry_points"]["mlflow.model_registry_store"].split("\n") if line
+    }
+    found = {point.name: point.load() for point in entry_points(group="mlflow.model_registry_store")}
+    assert schemes >= {"audited+sqlite", "audited+postgresql", "audited+mysql", "audited+mssql+pyodbc"}
+    assert all(found[scheme] is audited_store for scheme in schemes)
+    for scheme in schemes:
+        assert _get_store_registry().get_store_builder(f"{scheme}://host/db") is audited_store
+
+
+def test_the_prefix_is_taken_off_the_address(tmp_path):
+    store = audited_store(f"audited+sqlite:///{tmp_path}/mlflow.db")
+    assert isinstance(store, PromotionGate)
+    assert store.db_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert not isinstance(store, WorkspaceAwareSqlAlchemyStore)
+
+
+def test_a_server_with_workspaces_has_a_gate_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ENABLE_WORKSPACES", "true")
+    from mlflow.utils.workspace_context import WorkspaceContext
+
+    store = audited_store(f"audited+sqlite:///{tmp_path}/mlflow.db")
+    assert isinstance(store, WorkspacePromotionGate)
+    assert isinstance(store, WorkspaceAwareSqlAlchemyStore)
+    for workspace in ("vision", "speech"):
+        with WorkspaceContext(workspace):
+            store.create_registered_model("digits")
+            store.create_model_version("digits", "/nowhere", tags=[ModelVersionTag("audit.verdict", "pass")])
+            assert store.get_model_version("digits", "1").tags == {}
+            with pytest.raises(MlflowException, match="may not get the alias 'champion'"):
+                store.set_registered_model_alias("digits", "champion", "1")
+            store.set_registered_model_alias("digits", workspace, "1")
+            assert store.get_registered_model("digits").aliases == {workspace: 1}
+
+
+def test_what_mlflow_writes_without_the_gate_can_be_read_with_it(tmp_path):
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    plain = SqlAlchemyStore(database)
+    plain.create_registered_model("digits")
+    plain.create_model_version("digits", "/nowhere")
+    plain.set_registered_model_alias("digits", "champion", "1")
+    gated = audited_store(f"audited+{database}")
+    assert gated.get_model_version_by_alias("digits", "champion").version == 1
+    with pytest.raises(MlflowException, match="no signed audit"):
+        gated.set_registered_model_alias("digits", "champion", "1")
+
+
+def test_the_server_need_not_load_what_audits_need():
+    heavy = ("torch", "onnxruntime", "great_expectations")
+    code = f"import sys, mlflow_plugins.registry_store; print([name for name in {heavy} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert answer.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "artifacts" / "1" / "models" / "m 1" / "artifacts"
+    folder.mkdir(parents=True)
+    (folder / "model.bin").write_bytes(b"weights")
+    return folder
+
+
+def test_artifacts_are_hashed_wherever_the_server_keeps_them(files, tmp_path, monkeypatch):
+    expected = digest_of(manifest_of(files))
+    assert artifact_digest(str(files)) == artifact_digest(files.as_uri()) == expected
+    for destination in (str(tmp_path / "artifacts"), (tmp_path / "artifacts").as_uri() + "/"):
+        monkeypatch.setenv(ARTIFACTS_DESTINATION_ENV_VAR, destination)
+        assert artifact_digest("mlflow-artifacts:/1/models/m%201/artifacts") == expected
+
+
+def test_files_that_cannot_be_compared_are_an_error(files, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder in (empty, tmp_path / "missing"):
+        with pytest.raises(AttestationError, match="no files"):
+            artifact_digest(str(folder))
+    (files / "code").symlink_to(tmp_path)
+    with pytest.raises(AttestationError, match="A link lies among its files: 'code'"):
+        artifact_digest(str(files))
