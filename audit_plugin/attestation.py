@@ -49,6 +49,8 @@ class Statement:
 
     Attributes:
         digest: ``sha256:<hex>`` over the manifest of the version's files.
+        version_created: when the registry made the version, in UTC: another one of the same name and number, after a deletion or
+            under a changed name, has another time.
         created: when it was made, in UTC.
         tags: every other ``audit.*`` tag that may stand on the version because of this statement.
         facts: what the kind adds, JSON values only: of a verdict ``verdict``, ``policy_digest``, ``promotion`` and more; of a
@@ -62,6 +64,7 @@ class Statement:
     created: datetime.datetime
     tags: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    version_created: datetime.datetime | None = None
 
     @property
     def uri(self) -> str:
@@ -86,8 +89,8 @@ def sign(statement: Statement, signer: CryptoSigner) -> str:
         "subject": [{"name": statement.uri, "digest": {"sha256": statement.digest.removeprefix("sha256:")}}],
         "predicateType": _PREDICATE_TYPES[statement.kind],
         "predicate": {
-            "model": {"name": statement.name, "version": statement.version},
-            "created": statement.created.astimezone(datetime.UTC).isoformat(),
+            "model": {"name": statement.name, "version": statement.version, "created": _text(statement.version_created)},
+            "created": _text(statement.created),
             "tags": dict(statement.tags),
             **statement.facts,
         },
@@ -130,13 +133,26 @@ def _statement(document: Mapping[str, Any]) -> Statement:
     (subject,) = document["subject"]
     facts = dict(document["predicate"])
     model, tags = facts.pop("model"), facts.pop("tags")
-    created = datetime.datetime.fromisoformat(facts.pop("created"))
-    if created.tzinfo is None or not all(isinstance(text, str) for pair in tags.items() for text in pair):
-        raise ValueError("a time without zone, or a tag that is no text")
-    statement = Statement(kind, model["name"], model["version"], f"sha256:{subject['digest']['sha256']}", created, tags, facts)
+    created, version_created = _time(facts.pop("created")), _time(model["created"])
+    if created is None or not all(isinstance(text, str) for pair in tags.items() for text in pair):
+        raise ValueError("no time, or a tag that is no text")
+    statement = Statement(
+        kind, model["name"], model["version"], f"sha256:{subject['digest']['sha256']}", created, tags, facts, version_created
+    )
     if subject["name"] != statement.uri:
         raise ValueError("subject and predicate speak of different models")
     return statement
+
+
+def _text(time: datetime.datetime | None) -> str | None:
+    return None if time is None else time.astimezone(datetime.UTC).isoformat()
+
+
+def _time(text: str | None) -> datetime.datetime | None:
+    time = None if text is None else datetime.datetime.fromisoformat(text)
+    if time is not None and time.tzinfo is None:
+        raise ValueError("a time without zone")
+    return time
 
 
 # ------------------------------------------------------------------------------------------------------- the keys

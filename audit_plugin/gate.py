@@ -83,13 +83,17 @@ class Standing:
 
 
 def is_protected(name: str, protected: Iterable[str]) -> bool:
-    """Whether an alias or stage is one of the protected ones; some databases compare names without regard to case."""
-    return _folded(name) in {_folded(entry) for entry in protected}
+    """Whether an alias or stage is one of the protected ones, or could be to a database that ignores case and accents."""
+    return not name.isascii() or _folded(name) in {_folded(entry) for entry in protected}
 
 
 def is_sealed(key: str) -> bool:
-    """Whether only a signed statement may write this tag: every ``audit.*`` tag but those that describe the model's input."""
-    return _folded(key).startswith(AUDIT_PREFIX) and not is_input_tag(key)
+    """Whether only a signed statement may write this tag: every ``audit.*`` tag but those that describe the model's input.
+
+    So is every name with a dot that a database which ignores accents could take for one.
+    """
+    folded = _folded(key)
+    return not is_input_tag(key) and (folded.startswith(AUDIT_PREFIX) or ("." in folded and not folded.isascii()))
 
 
 def check_sealed_tag(version: VersionFacts, key: str, value: str, requirements: Requirements) -> None:
@@ -112,10 +116,12 @@ def check_sealed_tag(version: VersionFacts, key: str, value: str, requirements: 
 
 
 def must_stay(version: VersionFacts, key: str, requirements: Requirements) -> bool:
-    """Whether a sealed tag may not be deleted: it is a statement, or says what one vouches for."""
+    """Whether a sealed tag may not be deleted: it is a statement, says what one vouches for, or is not there in this spelling."""
     value = version.tags.get(key)
-    return value is not None and (
-        key in TAG_OF.values() or any(statement.tags.get(key) == value for statement in _statements(version, requirements))
+    return (
+        value is None
+        or key in TAG_OF.values()
+        or any(statement.tags.get(key) == value for statement in _statements(version, requirements))
     )
 
 
@@ -174,10 +180,8 @@ def check_statement(statement: Statement, version: VersionFacts, kind: Kind) -> 
         raise AttestationError(f"The tag {TAG_OF[kind]} holds a statement of the kind '{statement.kind}', not '{kind}'.")
     if (statement.name, statement.version) != (version.name, version.version):
         raise AttestationError(f"Its attestation speaks of {statement.uri}, not of {version.uri}.")
-    if statement.created < version.created:
-        raise AttestationError(
-            "Its attestation is older than the version itself: the version was made anew under the same number, or clocks differ."
-        )
+    if statement.version_created != version.created:
+        raise AttestationError(f"Its attestation speaks of another version that was once {version.uri}, not of this one.")
 
 
 def _objections(

@@ -20,9 +20,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlparse
-from urllib.request import getproxies, proxy_bypass, url2pathname
+from urllib.request import getproxies, proxy_bypass
 
 import mlflow
 import numpy as np
@@ -33,8 +33,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.utils.file_utils import local_file_uri_to_path
 
-from audit_plugin.attestation import SIGNING_KEY, TAG_OF, Statement, sign, signer_from_environment
+from audit_plugin.attestation import SIGNING_KEY, TAG_OF, Kind, Statement, sign, signer_from_environment
 from audit_plugin.errors import RegistryError, UsageError, nearest
 from audit_plugin.gate import VersionFacts
 from audit_plugin.intake import inspect
@@ -151,7 +152,7 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
         title = f"{model.name} v{model.version}" if model.name else Path(model.pinned_uri).name
         run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
         run_id = run.info.run_id
-        attestation = _attestation(report, files, promotion, run_id) if signer else None
+        attestation = _attestation(client, report, files, promotion, run_id) if signer else None
         try:
             client.log_artifacts(run_id, str(files))
             for name, value in metrics_of(report).items():
@@ -180,7 +181,7 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
         return LoggedReport(run_id, page, promotion, attestation is not None)
 
 
-def _attestation(report: AuditReport, files: Path, promotion: Promotion, run_id: str) -> Statement | None:
+def _attestation(client: MlflowClient, report: AuditReport, files: Path, promotion: Promotion, run_id: str) -> Statement | None:
     """What an audit can sign; None for a model that is no registered version."""
     model = report.model
     if model.name is None or model.version is None:
@@ -199,7 +200,8 @@ def _attestation(report: AuditReport, files: Path, promotion: Promotion, run_id:
         "files": {entry.path: entry.sha256 for entry in manifest_of(files)},
     }
     tags = {**_tags(report), "audit.run_id": run_id}
-    return Statement("verdict", model.name, model.version, model.digest, datetime.datetime.now(datetime.UTC), tags, facts)
+    version = facts_of(client.get_model_version(model.name, model.version))
+    return statement_on(version, "verdict", model.digest, tags, facts)
 
 
 def version_facts(name: str, version: str) -> VersionFacts:
@@ -216,6 +218,14 @@ def facts_of(registered: ModelVersion) -> VersionFacts:
     """A version of MLflow's in the gate's terms."""
     created = datetime.datetime.fromtimestamp(registered.creation_timestamp / 1000, datetime.UTC)
     return VersionFacts(registered.name, str(registered.version), created, dict(registered.tags))
+
+
+def statement_on(
+    version: VersionFacts, kind: Kind, digest: str, tags: Mapping[str, str], facts: Mapping[str, Any] | None = None
+) -> Statement:
+    """A statement, made now, on a version whose files have this digest."""
+    now = datetime.datetime.now(datetime.UTC)
+    return Statement(kind, version.name, version.version, digest, now, tags, facts or {}, version.created)
 
 
 def put_statement(statement: Statement, signer: CryptoSigner) -> None:
@@ -250,18 +260,18 @@ def fetch_report_files(attestation: Statement, names: Collection[str], destinati
         RegistryError: one is not there, is another than the one signed, or the server does not answer.
     """
     fetched = []
-    with _teaching(attestation.uri):
+    with _teaching(attestation.uri), tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         check_server()
         run_id, signed = str(attestation.facts["run_id"]), attestation.facts["files"]
         for name in names:
             if name not in signed:
                 raise RegistryError(f"The audit of {attestation.uri} logged no {name}. Audit again with --again.")
-            file = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(destination)))
+            file = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=temporary))
             if hashlib.sha256(file.read_bytes()).hexdigest() != signed[name]:
-                file.unlink()
                 raise RegistryError(f"{name} of run {run_id} was changed after the audit. Audit again with --again.")
             fetched.append(file)
-    return tuple(fetched)
+        destination.mkdir(parents=True, exist_ok=True)
+        return tuple(Path(shutil.copy(file, destination)) for file in fetched)
 
 
 def register_repaired(original: ModelRef, network: Network, repair: RepairReport) -> str:
@@ -427,8 +437,7 @@ def _sign_tags(client: MlflowClient, registered: ModelVersion, wanted: Mapping[s
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         location = client.get_model_version_download_uri(registered.name, registered.version)
         digest = digest_of(manifest_of(_download(location, Path(temporary) / "model")))
-    now = datetime.datetime.now(datetime.UTC)
-    put_statement(Statement("origin", registered.name, str(registered.version), digest, now, missing), signer)
+    put_statement(statement_on(facts_of(registered), "origin", digest, missing), signer)
 
 
 def redacted(text: str) -> str:
@@ -468,6 +477,7 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
     elif uri.startswith("models:/"):
         name, version = _resolve_version(client, uri)
         registered = client.get_model_version(name, version)
+        name, version = registered.name, str(registered.version)  # '01' is version 1
         location, pinned = client.get_model_version_download_uri(name, version), f"models:/{name}/{version}"
         run_id, tags = registered.run_id or None, {key: str(value) for key, value in registered.tags.items()}
         source = re.fullmatch(r"models:/(m-[0-9a-f]+)", registered.source or "")
@@ -510,8 +520,8 @@ def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
 def _name_and_version(uri: str) -> tuple[str, str, str]:
     """Name, version and alias of a ``models:/`` URI; one of the last two is empty."""
     rest = uri.removeprefix("models:/").lstrip("/")
-    if "@" in rest:
-        name, alias = rest.rsplit("@", 1)
+    name, at, alias = rest.rpartition("@")
+    if at and "/" not in alias:
         return name, "", alias
     name, _, version = rest.rpartition("/")
     if not name:
@@ -527,7 +537,7 @@ def _download(location: str, folder: Path) -> Path:
     """A private copy of an artifact folder. MLflow follows links on a local disk; here they stay links, which intake refuses."""
     parsed = urlparse(location)
     if parsed.scheme in ("", "file"):
-        shutil.copytree(url2pathname(parsed.path), folder, symlinks=True)
+        shutil.copytree(local_file_uri_to_path(location), folder, symlinks=True)
         return folder
     folder.mkdir(parents=True)
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))

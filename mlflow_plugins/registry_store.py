@@ -11,21 +11,26 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
-from urllib.request import url2pathname
+from urllib.parse import urlparse
 
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag, RegisteredModel, RegisteredModelTag
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModel
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
+from mlflow.utils.file_utils import local_file_uri_to_path
 
+from audit_plugin.attestation import TAG_OF
 from audit_plugin.errors import AttestationError, AuditError
 from audit_plugin.gate import (
     Requirements,
@@ -45,8 +50,37 @@ log = logging.getLogger(__name__)
 
 POLICY = "BACKDOOR_AUDIT_POLICY"
 SCHEME = "audited+"
+_HASHING = threading.BoundedSemaphore(2)  # any client can ask for a hash, which takes the disk for seconds
+_LONGEST_WAIT_SECONDS = 30
 _PROMPT_TAG = "mlflow.prompt.is_prompt"
 _PROMPT_SOURCES = ("prompt-template", "dummy-source")  # what MLflow writes where a prompt has no artifacts
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A version as it was when its promotion was judged, and where its files were."""
+
+    version: VersionFacts
+    location: str
+
+
+_CHECK: ContextVar[Callable[[Any], None] | None] = ContextVar("check", default=None)
+
+
+@contextmanager
+def _checking(check: Callable[[Any], None] | None) -> Iterator[None]:
+    """The first transaction inside begins with this check, so that nobody can change what it sees before the transaction ends."""
+
+    def once(session: Any) -> None:
+        _CHECK.set(None)
+        if check is not None:
+            check(session)
+
+    token = _CHECK.set(once)
+    try:
+        yield
+    finally:
+        _CHECK.reset(token)
 
 
 class PromotionGate(SqlAlchemyStore):
@@ -62,54 +96,93 @@ class PromotionGate(SqlAlchemyStore):
         if not self._requirements.verdict_keys.keys:
             log.warning("No verifying keys are set (BACKDOOR_AUDIT_VERIFYING_KEYS): every promotion will be refused.")
         super().__init__(db_uri, read_db_uri=read_db_uri)
+        session_maker = self.ManagedSessionMaker
+
+        @contextmanager
+        def checked_session(*arguments: Any, **settings: Any) -> Iterator[Any]:
+            with session_maker(*arguments, **settings) as session:
+                if (check := _CHECK.get()) is not None:
+                    check(session)
+                    session.expire_all()
+                yield session
+
+        self.ManagedSessionMaker = checked_session
 
     # ------------------------------------------------------------------------------------------------- promotion
 
     def set_registered_model_alias(self, name: str, alias: str, version: str) -> None:
-        if is_protected(alias, self._requirements.gate.protected_aliases):
-            self._check_promotion(name, version, f"the alias '{alias}'")
-        super().set_registered_model_alias(name, alias, version)
+        if not is_protected(alias, self._requirements.gate.protected_aliases):
+            super().set_registered_model_alias(name, alias, version)
+            return
+        seen = self._check_promotion(name, version, f"the alias {alias!r}")
+        with _checking(lambda session: self._check_unchanged(session, seen)):
+            super().set_registered_model_alias(name, alias, version)
 
     def transition_model_version_stage(
         self, name: str, version: str, stage: str, archive_existing_versions: bool
     ) -> ModelVersion:
-        if is_protected(stage, self._requirements.gate.protected_stages):
-            self._check_promotion(name, version, f"the stage '{stage}'")
-        return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
+        if not is_protected(stage, self._requirements.gate.protected_stages):
+            return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
+        seen = self._check_promotion(name, version, f"the stage {stage!r}")
+        with _checking(lambda session: self._check_unchanged(session, seen)):
+            return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
 
     def rename_registered_model(self, name: str, new_name: str) -> RegisteredModel:
-        """Aliases and stages go along with a new name, statements do not: a promoted model keeps its name."""
-        gate = self._requirements.gate
-        model = super().get_registered_model(name)
-        held = [alias for alias in model.aliases if is_protected(alias, gate.protected_aliases)]
-        held += [
-            version.current_stage
-            for version in model.latest_versions
-            if is_protected(version.current_stage, gate.protected_stages)
-        ]
-        if held and not all(is_prompt(version) for version in model.latest_versions):
-            raise _denied(
-                f"'{name}' may not be renamed while a version holds {', '.join(sorted(set(held)))}: signed audits speak of its "
-                "name. Take alias and stage away, rename it, audit it again and promote it."
-            )
-        return super().rename_registered_model(name, new_name)
+        """Aliases, stages and statements go along with a new name: what was audited or promoted keeps its own."""
+        with _checking(lambda session: self._check_rename(session, name)):
+            return super().rename_registered_model(name, new_name)
 
-    def _check_promotion(self, name: str, version: str, place: str) -> None:
+    def _check_promotion(self, name: str, version: str, place: str) -> _Seen:
         """Raises a 403 unless the version may be promoted; its files are hashed only if all else is in order."""
         registered = super().get_model_version(name, version)
+        facts, location = facts_of(registered), self.get_model_version_download_uri(name, version)
         if is_prompt(registered):
-            return
-        facts = facts_of(registered)
+            return _Seen(facts, location)
         standing = standing_of(facts, self._requirements, digest=None)
         if standing.allowed:
             with _reading_artifacts(facts.uri):
-                digest = artifact_digest(self.get_model_version_download_uri(name, version))
+                digest = artifact_digest(location)
             standing = standing_of(facts, self._requirements, digest=digest)
         if not standing.allowed:
             raise _denied(refusal(facts, standing, place))
         if standing.reasons and standing.waiver is not None:
             by, until, reason = (standing.waiver.facts.get(key) for key in ("by", "until", "reason"))
             log.warning("%s gets %s by a waiver of %s until %s: %s", facts.uri, place, by, until, reason)
+        return _Seen(facts, location)
+
+    def _check_unchanged(self, session: Any, seen: _Seen) -> None:
+        """That a version is still the one whose files were hashed, which may have taken minutes."""
+        row = self._locked_version(session, seen.version.name, seen.version.version)
+        now = facts_of(row.to_mlflow_entity())
+        statements = [[facts.tags.get(tag) for tag in TAG_OF.values()] for facts in (seen.version, now)]
+        if now.created != seen.version.created or row.storage_location != seen.location or statements[0] != statements[1]:
+            raise _denied(f"{seen.version.uri} was changed while its files were compared with the audit. Try again.")
+
+    def _check_rename(self, session: Any, name: str) -> None:
+        gate = self._requirements.gate
+        model = self._locked_model(session, name)
+        held = {alias.alias for alias in model.registered_model_aliases if is_protected(alias.alias, gate.protected_aliases)}
+        for version in model.model_versions:
+            entity = version.to_mlflow_entity()
+            if is_protected(entity.current_stage, gate.protected_stages):
+                held.add(entity.current_stage)
+            held |= {tag for tag in TAG_OF.values() if tag in entity.tags}
+        if held and not all(is_prompt(version.to_mlflow_entity()) for version in model.model_versions):
+            raise _denied(
+                f"'{name}' may not be renamed, because a version has {', '.join(sorted(held))}: signed audits speak of its name. "
+                "Copy the version to the new name (copy_model_version), and audit and promote it there."
+            )
+
+    def _locked_model(self, session: Any, name: str) -> Any:
+        """The model's row, locked until the transaction ends: a write is what every database locks by."""
+        self._get_query(session, SqlRegisteredModel).filter(SqlRegisteredModel.name == name).update(
+            {SqlRegisteredModel.last_updated_time: SqlRegisteredModel.last_updated_time}, synchronize_session=False
+        )
+        return self._get_registered_model(session, name)
+
+    def _locked_version(self, session: Any, name: str, version: str) -> Any:
+        self._locked_model(session, name)
+        return self._get_sql_model_version(session, name, version)
 
     # ------------------------------------------------------------------------------------------------------ tags
 
@@ -131,17 +204,25 @@ class PromotionGate(SqlAlchemyStore):
         return super().create_registered_model(name, _unsealed(tags, name), *arguments, **settings)
 
     def set_model_version_tag(self, name: str, version: str, tag: ModelVersionTag) -> None:
-        if is_sealed(tag.key):
+        def check(session: Any) -> None:
             with _denying():
-                check_sealed_tag(facts_of(super().get_model_version(name, version)), tag.key, tag.value, self._requirements)
-        super().set_model_version_tag(name, version, tag)
+                facts = facts_of(self._locked_version(session, name, version).to_mlflow_entity())
+                check_sealed_tag(facts, tag.key, tag.value, self._requirements)
+
+        with _checking(check if is_sealed(tag.key) else None):
+            super().set_model_version_tag(name, version, tag)
 
     def delete_model_version_tag(self, name: str, version: str, key: str) -> None:
-        if is_sealed(key) and must_stay(facts_of(super().get_model_version(name, version)), key, self._requirements):
-            raise _denied(
-                f"The tag '{key}' of models:/{name}/{version} is part of a signed statement and stays until a newer one is set."
-            )
-        super().delete_model_version_tag(name, version, key)
+        def check(session: Any) -> None:
+            facts = facts_of(self._locked_version(session, name, version).to_mlflow_entity())
+            if must_stay(facts, key, self._requirements):
+                raise _denied(
+                    f"The tag {key!r} of {facts.uri} is not there, or is part of a signed statement, which stays until a newer "
+                    "one is set."
+                )
+
+        with _checking(check if is_sealed(key) else None):
+            super().delete_model_version_tag(name, version, key)
 
     def set_registered_model_tag(self, name: str, tag: RegisteredModelTag) -> None:
         if is_sealed(tag.key):
@@ -181,25 +262,37 @@ def artifact_digest(location: str) -> str:
     A server that keeps the artifacts itself reads them where they are, others are fetched into a folder that is deleted again.
 
     Raises:
-        AuditError: links lie among the files, or there are none.
+        AuditError: links lie among the files, there are none, or this server hashes enough others just now.
         OSError, MlflowException: they cannot be read.
     """
     location = _behind_the_proxy(location)
-    parsed = urlparse(location)
-    if parsed.scheme in ("", "file"):
-        return _digest_of_folder(Path(url2pathname(parsed.path)))
-    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-        return _digest_of_folder(Path(get_artifact_repository(location).download_artifacts("", temporary)))
+    if not _HASHING.acquire(timeout=_LONGEST_WAIT_SECONDS):
+        raise AttestationError("The server compares the files of other versions just now. Try again in a minute.")
+    try:
+        if urlparse(location).scheme in ("", "file"):
+            return _digest_of_folder(Path(local_file_uri_to_path(location)))
+        with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+            return _digest_of_folder(Path(get_artifact_repository(location).download_artifacts("", temporary)))
+    finally:
+        _HASHING.release()
 
 
 def _behind_the_proxy(location: str) -> str:
-    """The place that this server serves as ``mlflow-artifacts:``; any other location as it is."""
+    """The place that this server serves as ``mlflow-artifacts:``; any other location as it is.
+
+    Raises:
+        AttestationError: the location is written so that others may read another place from it.
+    """
     from mlflow.server.constants import ARTIFACTS_DESTINATION_ENV_VAR
 
     destination = os.environ.get(ARTIFACTS_DESTINATION_ENV_VAR)
     if destination is None or not location.startswith("mlflow-artifacts:"):
         return location
-    return f"{destination.rstrip('/')}/{unquote(urlparse(location).path).lstrip('/')}"
+    parsed = urlparse(location)
+    parts = parsed.path.strip("/").split("/")
+    if parsed.netloc or set(location) & set("#?;%\\") or {".", "..", ""} & set(parts):
+        raise AttestationError(f"Its artifact location is not of the form mlflow-artifacts:/folder/folder: {location[:200]!r}.")
+    return "/".join([destination.rstrip("/"), *parts])
 
 
 def _digest_of_folder(folder: Path) -> str:
@@ -232,7 +325,7 @@ def _reading_artifacts(uri: str) -> Iterator[None]:
     """Whatever keeps the files from being hashed keeps the version from being promoted."""
     try:
         yield
-    except (AuditError, OSError, MlflowException) as error:
+    except (AuditError, OSError, MlflowException, RecursionError) as error:
         raise _denied(f"{uri} may not be promoted: its files cannot be compared with the audit. {error}") from error
 
 

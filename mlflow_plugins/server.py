@@ -63,14 +63,14 @@ AUTH = "BACKDOOR_AUDIT_AUTH"
 _LARGEST_PICTURE = 512 * 1024
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SNAPSHOT_SECONDS = 20
-_FILTERS = (None, "tags.`mlflow.prompt.is_prompt` = 'true'")
+_SEARCHES = (None, "tags.`mlflow.prompt.is_prompt` = 'true'")
 _METRICS = {
     "clean_accuracy": "Clean accuracy",
     "trigger_size_pixels": "Trigger size, pixels",
     "trigger_outlier": "Trigger outlier score",
     "trigger_attack_success_rate": "Trigger success",
 }
-_COMPARISONS = threading.BoundedSemaphore(2)
+_COMPARING = threading.Lock()  # the gate hashes at most two at a time: one is left for promotions
 _POLICY_OF_PAGES = (
     "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
@@ -274,14 +274,15 @@ class Registry:
         if attestation is None or picture is None:
             return None
         path, signed = picture
-        run = self.runs([str(attestation.facts.get("run_id"))], visitor).get(str(attestation.facts.get("run_id")))
+        run_id = str(attestation.facts.get("run_id"))
+        run = self.runs([run_id], visitor).get(run_id)
         content = _small_file(run.info.artifact_uri, path) if run else None
         return content if content is not None and _is_signed_png(content, signed) else None
 
 
 def _all(search: Callable[..., Any], page_size: int) -> Iterator[Any]:
     """All that a store's search finds, also what MLflow takes for prompts: the tag that says so hides a model from its search."""
-    for condition in _FILTERS:
+    for condition in _SEARCHES:
         token = None
         while True:
             found = search(filter_string=condition, max_results=page_size, page_token=token)
@@ -299,7 +300,7 @@ def _small_file(place: str, path: str) -> bytes | None:
             return None
         with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
             return Path(repository.download_artifacts(path, temporary)).read_bytes()
-    except (OSError, MlflowException):
+    except (AuditError, OSError, MlflowException):
         return None
 
 
@@ -317,7 +318,7 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
 
     Args:
         requirements: what promotion asks for, or the one line that says why it is not known; then no data is shown.
-        guarded: whether MLflow's authentication stands before the app, so that each visitor sees what he may read.
+        guarded: whether MLflow's authentication stands before the app, so that visitors see what they may read.
     """
     page = Blueprint("backdoor_audit", __name__, url_prefix=_add_static_prefix("/backdoor-audit"))
     registry = None if isinstance(requirements, str) else Registry(requirements)
@@ -399,12 +400,12 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
         if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
             abort(403, "Ask for this from the audit page itself.")
         registry, _, version = visible_version()
-        if not _COMPARISONS.acquire(blocking=False):
-            abort(503, "Two comparisons are under way already. Try again in a minute.")
+        if not _COMPARING.acquire(blocking=False):
+            abort(503, "A comparison is under way already. Try again in a minute.")
         try:
             found = _compare(version, registry.requirements)
         finally:
-            _COMPARISONS.release()
+            _COMPARING.release()
         if request.accept_mimetypes.best == "application/json":
             return Response(json.dumps(found), mimetype="application/json")
         return _html("comparison.html.jinja", name=version.name, version=version.version, **found)
@@ -455,7 +456,7 @@ def _compare(version: ModelVersion, requirements: Requirements) -> dict[str, Any
     location = _get_model_registry_store().get_model_version_download_uri(version.name, str(version.version))
     try:
         digest = artifact_digest(location)
-    except (AuditError, OSError, MlflowException) as error:
+    except (AuditError, OSError, MlflowException, RecursionError) as error:
         return {"result": "unreadable", "message": f"The files cannot be compared with the audit. {error}", "digest": None}
     standing = standing_of(facts, requirements, digest=digest)
     if standing.attestation is None:
@@ -552,11 +553,11 @@ def _ahead(moment: datetime.datetime, now: datetime.datetime) -> str:
 
 
 def _span(span: datetime.timedelta) -> str:
-    minutes = int(span.total_seconds() // 60)
+    minutes = max(1, int(span.total_seconds() // 60))
     for unit, size in (("day", 24 * 60), ("hour", 60)):
         if minutes >= 2 * size:
             return f"{minutes // size} {unit}s"
-    return "less than 2 minutes" if minutes < 2 else f"{minutes} minutes"
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def _minute(moment: datetime.datetime) -> str:

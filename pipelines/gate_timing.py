@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import statistics
 import time
@@ -13,7 +12,9 @@ from pathlib import Path
 from mlflow.entities.model_registry import ModelVersionTag
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
-from audit_plugin.attestation import SIGNING_KEY, TAG_OF, VERIFYING_KEYS, Statement, generate_keys, sign, signer_from_environment
+from audit_plugin.attestation import SIGNING_KEY, TAG_OF, VERIFYING_KEYS, generate_keys, sign, signer_from_environment
+from audit_plugin.gate import VersionFacts
+from audit_plugin.registry import facts_of, statement_on
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.registry_store import PromotionGate, artifact_digest
 
@@ -46,8 +47,8 @@ def time_gate(folder: Path, *, rounds: int, megabytes: int) -> tuple[Timing, ...
     digest = artifact_digest(files.as_uri())
     for store in (plain, gated):
         store.create_registered_model(_NAME)
-        store.create_model_version(_NAME, files.as_uri())
-        store.set_model_version_tag(_NAME, "1", ModelVersionTag(TAG_OF["verdict"], _attestation(digest, signing)))
+        version = facts_of(store.create_model_version(_NAME, files.as_uri()))
+        store.set_model_version_tag(_NAME, "1", ModelVersionTag(TAG_OF["verdict"], _attestation(version, digest, signing)))
     tag = ModelVersionTag("owner", "vision team")
     unprotected: dict[str, Callable[[SqlAlchemyStore], object]] = {
         "set another alias": lambda store: store.set_registered_model_alias(_NAME, "challenger", "1"),
@@ -61,7 +62,7 @@ def time_gate(folder: Path, *, rounds: int, megabytes: int) -> tuple[Timing, ...
     return (*timings, Timing("set a protected alias", *promotion, hashing))
 
 
-def _attestation(digest: str, signing: Path) -> str:
+def _attestation(version: VersionFacts, digest: str, signing: Path) -> str:
     signer = signer_from_environment({SIGNING_KEY: str(signing)})
     if signer is None:
         raise RuntimeError("a key that was just made is gone")
@@ -71,7 +72,7 @@ def _attestation(digest: str, signing: Path) -> str:
         "policy_digest": required.policy_digest,
         "promotion": {"allowed": True, "suite_digest": required.suite_digest},
     }
-    return sign(Statement("verdict", _NAME, "1", digest, datetime.datetime.now(datetime.UTC), {}, facts), signer)
+    return sign(statement_on(version, "verdict", digest, {}, facts), signer)
 
 
 def _medians(

@@ -98,12 +98,15 @@ class AuditedRegistry:
         files.mkdir(parents=True)
         (files / "model.bin").write_bytes(f"{name} {number}".encode())
         digest = digest_of(manifest_of(files))
+        age_of_version = age + 1 if registered is None else registered
+        milliseconds = int((self.now - datetime.timedelta(days=age_of_version)).timestamp() * 1000)
+        made = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
         written = dict(tags or {})
         if verdict is not None:
             content = self._facts(verdict, suspected, with_run) | (facts or {})
             vouched = {"audit.verdict": verdict, "audit.run_id": str(content["run_id"])}
             created = self.now - datetime.timedelta(days=age)
-            statement = Statement("verdict", name, str(number), digest, created, vouched, content)
+            statement = Statement("verdict", name, str(number), digest, created, vouched, content, made)
             written = {TAG_OF["verdict"]: sign(statement, self.signer), **vouched, **written}
         if waived_by is not None:
             content = {
@@ -111,14 +114,14 @@ class AuditedRegistry:
                 "reason": because,
                 "until": (self.now + datetime.timedelta(days=waived_for)).isoformat(),
             }
-            waiver = Statement("waiver", name, str(number), digest, self.now - datetime.timedelta(minutes=3), {}, content)
+            created = self.now - datetime.timedelta(minutes=3)
+            waiver = Statement("waiver", name, str(number), digest, created, {}, content, made)
             written[TAG_OF["waiver"]] = sign(waiver, self.signer)
         version = self.client.create_model_version(name, source or f"mlflow-artifacts:/{place}", tags=written)
-        moment = self.now - datetime.timedelta(days=age + 1 if registered is None else registered)
         with sqlite3.connect(self.folder / "mlflow.db") as connection:
             connection.execute(
                 "UPDATE model_versions SET creation_time = ? WHERE name = ? AND version = ?",
-                (int(moment.timestamp() * 1000), name, number),
+                (milliseconds, name, number),
             )
         for alias in aliases:
             self.client.set_registered_model_alias(name, alias, str(number))

@@ -52,7 +52,9 @@ class OneFormat(enum.StrEnum):
 
 
 # Options that several commands share.
-PolicyOption = Annotated[Path | None, typer.Option(help="Policy file, audit.toml. Without it every default holds.")]
+PolicyOption = Annotated[
+    Path | None, typer.Option(envvar="BACKDOOR_AUDIT_POLICY", help="Policy file, audit.toml. Without it every default holds.")
+]
 OneFormatOption = Annotated[OneFormat, typer.Option("--format", help="What goes to stdout.")]
 AllowPickleOption = Annotated[
     bool, typer.Option("--allow-pickle", help="Accept a whole-module pickle; it is opened in a child process only.")

@@ -33,7 +33,7 @@ from audit_plugin.cli.console import (
     stderr,
     stdout,
 )
-from audit_plugin.errors import UsageError
+from audit_plugin.errors import RegistryError, UsageError
 from audit_plugin.types import ReportFormat, Verdict
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def waive(
     verbose: VerboseOption = False,
 ) -> int:
     """In an emergency: sign that these very files may be promoted without an audit that counts, until a date."""
-    from audit_plugin.attestation import SIGNING_KEY, Statement, signer_from_environment
-    from audit_plugin.registry import pin, put_statement
+    from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
+    from audit_plugin.registry import pin, put_statement, statement_on, version_facts
 
     configure_logging(verbose)
     signer = signer_from_environment()
@@ -198,21 +198,12 @@ def waive(
         reference = pin(model, Path(temporary)).reference
     if reference.name is None or reference.version is None:
         raise UsageError(f"'{model}' is no version of a registered model; only those can be promoted.")
+    version = version_facts(reference.name, reference.version)
     now = datetime.datetime.now(datetime.UTC)
     until = now if revoke else now + datetime.timedelta(days=days)
     text = f"{'revoked' if revoke else 'until'} {until.isoformat(timespec='minutes')} by {by}: {reason}"
-    put_statement(
-        Statement(
-            "waiver",
-            reference.name,
-            reference.version,
-            reference.digest,
-            now,
-            {"audit.waived": text},
-            {"by": by, "reason": reason, "until": until.isoformat()},
-        ),
-        signer,
-    )
+    facts = {"by": by, "reason": reason, "until": until.isoformat()}
+    put_statement(statement_on(version, "waiver", reference.digest, {"audit.waived": text}, facts), signer)
     stdout.print(f"{reference.pinned_uri}: waiver {text}", markup=False)
     return 0
 
@@ -272,8 +263,12 @@ def _fetch_report(attestation: Statement, formats: Sequence[ReportFormat], outpu
         fetch_report_files(attestation, file_names(formats), output)
     if os.environ.get(_STEP_SUMMARY):
         with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-            (summary,) = fetch_report_files(attestation, file_names(["markdown"]), Path(temporary))
-            _add_to_step_summary(summary.read_text(encoding="utf-8"))
+            try:
+                (summary,) = fetch_report_files(attestation, file_names(["markdown"]), Path(temporary))
+            except RegistryError as error:  # nobody asked for it by an option
+                _log.warning("The summary of the audit is left out: %s", error)
+            else:
+                _add_to_step_summary(summary.read_text(encoding="utf-8"))
 
 
 def _add_to_step_summary(text: str) -> None:

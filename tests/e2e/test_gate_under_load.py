@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import random
 import threading
@@ -15,8 +14,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, Statement, generate_keys, signer_from_environment
-from audit_plugin.registry import pin, put_statement
+from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, generate_keys, signer_from_environment
+from audit_plugin.registry import pin, put_statement, statement_on, version_facts
 from audit_plugin.requirements import load_requirements
 
 POSTGRESQL = "BACKDOOR_AUDIT_TEST_POSTGRESQL"
@@ -63,8 +62,8 @@ def make_versions(client, name, folder):
         "policy_digest": required.policy_digest,
         "promotion": {"allowed": True, "suite_digest": required.suite_digest},
     }
-    now = datetime.datetime.now(datetime.UTC)
-    put_statement(Statement("verdict", name, "1", digest, now, {"audit.verdict": "pass"}, facts), signer_from_environment())
+    statement = statement_on(version_facts(name, "1"), "verdict", digest, {"audit.verdict": "pass"}, facts)
+    put_statement(statement, signer_from_environment())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def attest(policy, signer, tmp_path):
     """``attest(version)`` signs that a version passed its audit, and writes that on it."""
     required = load_requirements(policy)
 
-    def make(version, write=True, digest=None, created=None, name=None, **facts):
+    def make(version, write=True, digest=None, **facts):
         place = tmp_path / f"pinned-{len(list(tmp_path.iterdir()))}"
         digest = digest or pin(f"models:/{version.name}/{version.version}", place).reference.digest
         facts = {
@@ -112,8 +113,8 @@ def attest(policy, signer, tmp_path):
             **facts,
         }
         tags = {"audit.verdict": facts["verdict"], "audit.digest": digest}
-        now = created or datetime.datetime.now(datetime.UTC)
-        statement = Statement("verdict", name or version.name, str(version.version), digest, now, tags, facts)
+        on = registry.version_facts(version.name, str(version.version))
+        statement = registry.statement_on(on, "verdict", digest, tags, facts)
         if write:
             put_statement(statement, signer)
         return sign(statement, signer)
@@ -290,21 +291,33 @@ def test_deleting_and_making_anew_does_not_bring_an_old_verdict_back(client, mak
     again = make_version()
     assert again.version == version.version
     assert alias_of(client, version.name) is None
-    refused(lambda: client.set_model_version_tag(version.name, "1", TAG_OF["verdict"], old), "older than the version itself")
+    refused(lambda: client.set_model_version_tag(version.name, "1", TAG_OF["verdict"], old), "another version")
     refused(lambda: client.set_registered_model_alias(version.name, "champion", "1"), "no signed audit")
 
 
-def test_a_promoted_model_keeps_its_name(client, make_version, attest):
+def test_an_audited_or_promoted_model_keeps_its_name(gated, client, make_version, attest):
     version = make_version()
     attest(version)
+    refused(lambda: client.rename_registered_model(version.name, f"{version.name}-2"), "audit.attestation")
     client.set_registered_model_alias(version.name, "champion", "1")
-    refused(lambda: client.rename_registered_model(version.name, f"{version.name}-2"), "champion")
-    client.delete_registered_model_alias(version.name, "champion")
-    client.transition_model_version_stage(version.name, "1", "Production")
-    refused(lambda: client.rename_registered_model(version.name, f"{version.name}-2"), "Production")
-    client.transition_model_version_stage(version.name, "1", "Archived")
+    # A prompt as the latest version hid the promoted one from an earlier gate.
+    tags = [{"key": "mlflow.prompt.is_prompt", "value": "true"}]
+    post(gated, "model-versions/create", name=version.name, source="dummy-source", tags=tags).raise_for_status()
+    answer = requests.post(
+        f"{gated}/api/2.0/mlflow/registered-models/rename",
+        json={"name": version.name, "new_name": f"{version.name}-2"},
+        timeout=30,
+    )
+    assert (answer.status_code, "champion" in answer.text) == (403, True)
+
+
+def test_another_model_can_be_renamed_and_keeps_its_alias(client, make_version):
+    version = make_version()
+    client.set_registered_model_alias(version.name, "challenger", "1")
+    client.set_model_version_tag(version.name, "1", "owner", "me")
     client.rename_registered_model(version.name, f"{version.name}-2")
-    refused(lambda: client.set_registered_model_alias(f"{version.name}-2", "champion", "1"), "speaks of")
+    assert alias_of(client, f"{version.name}-2", "challenger") == "1"
+    assert client.get_model_version(f"{version.name}-2", "1").tags == {"owner": "me"}
 
 
 def test_the_name_of_a_promoted_model_cannot_be_taken_over(client, make_version, attest):
@@ -319,6 +332,21 @@ def test_the_name_of_a_promoted_model_cannot_be_taken_over(client, make_version,
 def post(gated, path, **body):
     """A request by hand: MLflow's client refuses some of these itself."""
     return requests.post(f"{gated}/api/2.0/mlflow/{path}", json=body, timeout=30)
+
+
+def test_a_source_that_two_readers_could_read_differently_is_refused(gated, client, make_version, attest, folder):
+    """Behind '#' one reader of the address sees a part of it, another a folder's name."""
+    version = make_version()
+    location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
+    for ending in ("#x", "?x", ";x", "%23x", "/../x"):
+        odd = make_version()
+        with sqlite3.connect(folder / "mlflow.db") as connection:  # the server itself takes none of these today
+            connection.execute(
+                "UPDATE model_versions SET storage_location = ? WHERE name = ? AND version = ?",
+                (location + ending, odd.name, int(odd.version)),
+            )
+        attest(odd, digest="sha256:00")
+        refused(lambda odd=odd: client.set_registered_model_alias(odd.name, "champion", odd.version), "artifact location")
 
 
 def test_calling_a_model_a_prompt_does_not_help(gated, client, make_version):

@@ -16,7 +16,7 @@ from tests.audited_registry import AuditedRegistry
 from tests.browser import needs_browser, strangers
 from tests.unit.report.conftest import failing
 
-HOSTILE = "<img src=x onerror=alert(1)>\"'& \u202egpj.exe\u202c?a=b#c%2e"
+HOSTILE = "<img src=x onerror=alert(1)>\"'& \u202egpj.exe\u202c?a=b#c"
 
 pytestmark = needs_browser
 
@@ -38,8 +38,9 @@ def registry(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start_server, registry):
-    """The address of an MLflow server with the page."""
-    with start_server(registry.folder, "--app-name", "backdoor-audit", **registry.environment) as address:
+    """The address of an MLflow server with the page and the gate."""
+    options = ["--app-name", "backdoor-audit", "--registry-store-uri", f"audited+{registry.database}"]
+    with start_server(registry.folder, *options, **registry.environment) as address:
         yield address
 
 
@@ -168,7 +169,7 @@ def test_text_has_enough_contrast_in_both_schemes(open_page, scheme, path):
     assert browser.execute_script(CONTRAST) == []
 
 
-@pytest.mark.parametrize("width", [320, 390, 800, 1024, 1400])
+@pytest.mark.parametrize("width", [320, 390, 800, 1024, 1100, 1400])
 @pytest.mark.parametrize("path", ["", "model?name=signs"])
 def test_nothing_is_wider_than_the_window(open_page, width, path):
     browser = open_page(path, width=width)

@@ -33,7 +33,7 @@ from audit_plugin.errors import AttestationError, UsageError
 
 NOW = datetime.datetime(2026, 3, 1, 12, 0, tzinfo=datetime.UTC)
 STATEMENT = Statement(
-    "verdict", "digits", "3", "sha256:" + "ab" * 32, NOW, {"audit.verdict": "pass"}, {"verdict": "pass", "seed": 0}
+    "verdict", "digits", "3", "sha256:" + "ab" * 32, NOW, {"audit.verdict": "pass"}, {"verdict": "pass", "seed": 0}, NOW
 )
 
 

@@ -82,7 +82,7 @@ def test_the_server_need_not_load_what_audits_need():
 
 @pytest.fixture
 def files(tmp_path):
-    folder = tmp_path / "artifacts" / "1" / "models" / "m 1" / "artifacts"
+    folder = tmp_path / "artifacts" / "1" / "models" / "m-1" / "artifacts"
     folder.mkdir(parents=True)
     (folder / "model.bin").write_bytes(b"weights")
     return folder
@@ -93,12 +93,16 @@ def test_artifacts_are_hashed_wherever_the_server_keeps_them(files, tmp_path, mo
     assert artifact_digest(str(files)) == artifact_digest(files.as_uri()) == expected
     for destination in (str(tmp_path / "artifacts"), (tmp_path / "artifacts").as_uri() + "/"):
         monkeypatch.setenv(ARTIFACTS_DESTINATION_ENV_VAR, destination)
-        assert artifact_digest("mlflow-artifacts:/1/models/m%201/artifacts") == expected
+        assert artifact_digest("mlflow-artifacts:/1/models/m-1/artifacts") == expected
 
 
 def test_files_that_cannot_be_compared_are_an_error(files, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
+    odd = tmp_path / "artifacts#x"
+    odd.mkdir()
+    (odd / "model.bin").write_bytes(b"other")
+    assert artifact_digest(str(odd)) == digest_of(manifest_of(odd)), "as MLflow reads it, not the folder 'artifacts'"
     for folder in (empty, tmp_path / "missing"):
         with pytest.raises(AttestationError, match="no files"):
             artifact_digest(str(folder))
