@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,9 @@ from audit_plugin.types import FitSplit, InputSpec
 
 if TYPE_CHECKING:
     from pipelines.demo import Demo
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing on a busy one
+hypothesis.settings.load_profile("any machine")
 
 SubjectFactory = Callable[..., Subject]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -112,6 +116,20 @@ def state_kept() -> Iterator[None]:
         loggers[0].handlers[:] = handlers
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registry_address_kept() -> Iterator[None]:
+    """MLflow's server code, run in this process, sets the registry's address for everybody after it."""
+    variable = "MLFLOW_REGISTRY_URI"
+    before = os.environ.get(variable)
+    yield
+    if before is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = before
+    if addresses := sys.modules.get("mlflow.tracking._model_registry.utils"):
+        addresses._registry_uri = before
 
 
 @pytest.fixture(scope="session")

@@ -323,6 +323,7 @@ def backdoored(run_example: Callable[[str, str], Example], demo: Demo) -> Exampl
     return run_example(demo.model_uris[1], "evaluated-backdoored")
 
 
+@pytest.mark.slow  # an audit of its own; the backdoored model's shows the same way
 def test_validation_passes_for_the_clean_model(clean: Example) -> None:
     assert clean.error is None
     metrics = clean.result.metrics

@@ -340,7 +340,7 @@ def test_audit_that_breaks_after_registering_says_what_exists(
         raise RegistryError("The tracking server is gone.")
 
     monkeypatch.setattr(repairing, "repair_model", lambda *arguments, **options: finished.repaired)
-    monkeypatch.setattr(command_line, "audit_and_publish", broken)
+    monkeypatch.setattr(command_line.repairing, "audit_and_publish", broken)
     before = _versions(client, finished.name)
     call = cli(*small.arguments(finished.original))
     (new,) = set(_versions(client, finished.name)) - set(before)

@@ -173,7 +173,7 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("architecture", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "vit"])
 def test_known_architectures_keep_every_tap_whichever_is_masked(architecture: str) -> None:
     torch.manual_seed(0)
     network = torch_network(KNOWN[architecture](), size=32)

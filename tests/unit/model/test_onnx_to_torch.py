@@ -459,7 +459,7 @@ NETWORKS = [
     ("transformer", "script-17"),
     ("resnet18", "dynamo-20"),
     ("resnet18", "script-13"),
-    ("mobilenet_v2", "dynamo-20"),
+    pytest.param("mobilenet_v2", "dynamo-20", marks=pytest.mark.slow),
     ("squeezenet1_1", "script-17"),
 ]
 
