@@ -265,7 +265,7 @@ def artifact_digest(location: str) -> str:
         AuditError: links lie among the files, there are none, or this server hashes enough others just now.
         OSError, MlflowException: they cannot be read.
     """
-    location = _behind_the_proxy(location)
+    location = behind_the_proxy(location)
     if not _HASHING.acquire(timeout=_LONGEST_WAIT_SECONDS):
         raise AttestationError("The server compares the files of other versions just now. Try again in a minute.")
     try:
@@ -277,7 +277,7 @@ def artifact_digest(location: str) -> str:
         _HASHING.release()
 
 
-def _behind_the_proxy(location: str) -> str:
+def behind_the_proxy(location: str) -> str:
     """The place that this server serves as ``mlflow-artifacts:``; any other location as it is.
 
     Raises:

@@ -38,7 +38,7 @@ from werkzeug.exceptions import HTTPException
 from audit_plugin.errors import AttestationError, AuditError, UsageError
 from audit_plugin.gate import Requirements, held_statement, standing_of
 from audit_plugin.registry import EXPERIMENT, facts_of
-from audit_plugin.report.html import _environment as report_environment
+from audit_plugin.report.html import report_environment
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.overview import (
     EXPIRED,
@@ -55,7 +55,7 @@ from mlflow_plugins.overview import (
     row_of,
     view_of,
 )
-from mlflow_plugins.registry_store import POLICY, _behind_the_proxy, artifact_digest, is_prompt
+from mlflow_plugins.registry_store import POLICY, artifact_digest, behind_the_proxy, is_prompt
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ def _all(search: Callable[..., Any], page_size: int) -> Iterator[Any]:
 
 def _small_file(place: str, path: str) -> bytes | None:
     try:
-        repository = get_artifact_repository(_behind_the_proxy(place))
+        repository = get_artifact_repository(behind_the_proxy(place))
         sizes = {entry.path: entry.file_size for entry in repository.list_artifacts(path.rpartition("/")[0])}
         if not 0 < (sizes.get(path) or 0) <= _LARGEST_PICTURE:
             return None

@@ -183,7 +183,7 @@ def waive(
 ) -> int:
     """In an emergency: sign that these very files may be promoted without an audit that counts, until a date."""
     from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
-    from audit_plugin.registry import pin, put_statement, statement_on, version_facts
+    from audit_plugin.registry import put_statement, statement_on
 
     configure_logging(verbose)
     signer = signer_from_environment()
@@ -193,18 +193,13 @@ def waive(
         raise UsageError("A waiver says who answers for it and why: --by and --reason must not be empty.")
     if days <= 0 and not revoke:
         raise UsageError("--days must be positive.")
-    with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-        progress.stage("Fetching the model")
-        reference = pin(model, Path(temporary)).reference
-    if reference.name is None or reference.version is None:
-        raise UsageError(f"'{model}' is no version of a registered model; only those can be promoted.")
-    version = version_facts(reference.name, reference.version)
+    version, digest = _fetch(model)
     now = datetime.datetime.now(datetime.UTC)
     until = now if revoke else now + datetime.timedelta(days=days)
     text = f"{'revoked' if revoke else 'until'} {until.isoformat(timespec='minutes')} by {by}: {reason}"
     facts = {"by": by, "reason": reason, "until": until.isoformat()}
-    put_statement(statement_on(version, "waiver", reference.digest, {"audit.waived": text}, facts), signer)
-    stdout.print(f"{reference.pinned_uri}: waiver {text}", markup=False)
+    put_statement(statement_on(version, "waiver", digest, {"audit.waived": text}, facts), signer)
+    stdout.print(f"{version.uri}: waiver {text}", markup=False)
     return 0
 
 
@@ -220,21 +215,27 @@ def keygen(
 
 
 def _look_at(model: str, requirements: Requirements) -> tuple[VersionFacts, Standing]:
-    """A registered version and its standing, its files compared.
+    """A registered version and its standing, its files compared."""
+    from audit_plugin.gate import standing_of
+
+    version, digest = _fetch(model)
+    return version, standing_of(version, requirements, digest=digest)
+
+
+def _fetch(model: str) -> tuple[VersionFacts, str]:
+    """A registered version, and the digest of its files as they are now.
 
     Raises:
         UsageError: the URI names no version of a registered model.
     """
     with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Fetching the model")
-        from audit_plugin.gate import standing_of
         from audit_plugin.registry import pin, version_facts
 
         reference = pin(model, Path(temporary)).reference
         if reference.name is None or reference.version is None:
             raise UsageError(f"'{model}' is no version of a registered model. Use models:/name/version or models:/name@alias.")
-        version = version_facts(reference.name, reference.version)
-        return version, standing_of(version, requirements, digest=reference.digest)
+        return version_facts(reference.name, reference.version), reference.digest
 
 
 def _standing_code(standing: Standing) -> int:

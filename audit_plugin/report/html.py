@@ -77,7 +77,7 @@ def render(report: AuditReport) -> str:
     """The whole page."""
     searches = trigger_searches(report)
     return (
-        _environment()
+        report_environment()
         .get_template("report.html.jinja")
         .render(
             report=report,
@@ -100,7 +100,7 @@ def render(report: AuditReport) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def report_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "templates"),
         autoescape=True,

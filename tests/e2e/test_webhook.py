@@ -67,7 +67,11 @@ class Receiver:
             self.process = subprocess.Popen(
                 command, env=os.environ | {"BACKDOOR_AUDIT_WEBHOOK_SECRET": SECRET}, stdout=stream, stderr=stream
             )
-        self.wait_for("Listening on")
+        try:
+            self.wait_for("Listening on")
+        except BaseException:
+            self.process.kill()
+            raise
 
     @property
     def log(self) -> str:
@@ -90,7 +94,10 @@ class Receiver:
 def receiver(address, policy, tmp_path_factory):
     started = Receiver(tmp_path_factory.mktemp("receiver"), policy)
     yield started
-    assert started.stop() == 0
+    try:
+        assert started.stop() == 0
+    finally:
+        started.process.kill()
 
 
 @pytest.fixture
