@@ -8,8 +8,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -83,10 +81,11 @@ def make_version(client, tmp_path, request):
     """``make_version()``: a version of a registered model named after the test; to the gate any file will do."""
     name = re.sub(r"[^a-zA-Z0-9_]+", "-", request.node.name)
 
-    def make(name=name, content=b"weights", **settings):
-        files = tmp_path / f"files-{len(list(tmp_path.iterdir()))}"
-        files.mkdir()
-        (files / "model.bin").write_bytes(content)
+    def make(name=name, content=b"weights", files=None, **settings):
+        if files is None:
+            files = tmp_path / f"files-{len(list(tmp_path.iterdir()))}"
+            files.mkdir()
+            (files / "model.bin").write_bytes(content)
         experiment = client.get_experiment_by_name("models") or client.get_experiment(client.create_experiment("models"))
         logged = client.create_logged_model(experiment.experiment_id)
         client.log_model_artifacts(logged.model_id, str(files))
@@ -413,11 +412,6 @@ def test_an_alias_set_elsewhere_does_not_move_by_itself(client, make_version, at
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def command(*arguments, **environment):
-    call = [sys.executable, "-m", "audit_plugin.cli", *map(str, arguments)]
-    return subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False)
-
-
 def test_a_waiver_works_shows_and_can_be_revoked(cli, client, make_version, policy):
     version = make_version()
     uri = f"models:/{version.name}/1"
@@ -521,28 +515,36 @@ def test_without_keys_or_with_a_broken_policy_nothing_is_promoted(make_version, 
             audited_store("audited+sqlite:///nowhere.db")
 
 
-def test_promotion_is_refused_and_allowed_as_the_demo_shows(gated, client, tmp_path, policy, keeping_state):
-    """From training to promotion: the whole of what a CI pipeline does."""
-    from pipelines.demo import prepare_demo
-
-    with keeping_state():
-        demo = prepare_demo(tmp_path / "demo", lambda message: None, tracking_uri=gated)
-    clean, backdoored = demo.model_uris
-    names = [uri.split("/")[1] for uri in demo.model_uris]
+def test_promotion_is_refused_and_allowed_as_the_demo_shows(gated, server, client, demo, make_version, cli, policy, tmp_path):
+    """From registration to promotion: the whole of what a CI pipeline does."""
+    uris = []
+    for name, source in zip(("gate-clean", "gate-backdoored"), demo.model_uris, strict=True):
+        mlflow.set_tracking_uri(server)
+        files = pin(source, tmp_path / name).folder
+        mlflow.set_tracking_uri(gated)
+        uris.append(f"models:/{name}/{make_version(name=name, files=files).version}")
     options = ["--clean", demo.clean_images, "--policy", policy, "--promote", "champion"]
-    passed = command("gate", clean, *options)
+    passed, failed = (cli("gate", uri, *options) for uri in uris)
     assert passed.returncode == 0, passed.stdout + passed.stderr
     assert "PASS" in passed.stdout
-    assert alias_of(client, names[0]) == "1"
-    tags = client.get_model_version(names[0], "1").tags
-    assert tags["audit.verdict"] == "pass"
-    failed = command("gate", backdoored, *options)
+    assert alias_of(client, "gate-clean") == "1"
     assert failed.returncode == 1, failed.stdout + failed.stderr
-    assert alias_of(client, names[1]) is None
-    refused(lambda: client.set_registered_model_alias(names[1], "champion", "1"), "Its audit says 'fail'")
-    assert client.get_model_version(names[1], "1").tags["audit.suspected_class"] == "7"
-    again = [command("gate", uri, "--policy", policy) for uri in demo.model_uris]
-    assert [answer.returncode for answer in again] == [0, 1], "no second audit, and no images needed"
-    promote(names[0], "1", "production")
-    # What the audit wrote can be audited again, and the verdict is replaced.
+    assert alias_of(client, "gate-backdoored") is None
+    refused(lambda: client.set_registered_model_alias("gate-backdoored", "champion", "1"), "Its audit says 'fail'")
+    assert client.get_model_version("gate-backdoored", "1").tags["audit.suspected_class"] == "7"
+    tags = client.get_model_version("gate-clean", "1").tags
+    assert tags["audit.verdict"] == "pass"
     assert client.get_run(tags["audit.run_id"]).info.status == "FINISHED"
+    # No second audit, no images needed, and the reports are those that were signed.
+    report = tmp_path / "report"
+    again = [
+        cli("gate", uri, "--policy", policy, "-o", report / str(index), "--format", "text,sarif,junit")
+        for index, uri in enumerate(uris)
+    ]
+    assert [answer.returncode for answer in again] == [0, 1]
+    assert {file.name for file in (report / "1").iterdir()} == {"report.txt", "report.sarif.json", "junit.xml"}
+    client.log_text(tags["audit.run_id"], "<testsuites/>", "junit.xml")
+    forged = cli("gate", uris[0], "--policy", policy, "-o", report / "forged", "--format", "text,junit")
+    assert (forged.returncode, "junit.xml" in forged.stderr) == (2, True)
+    assert not (report / "forged").exists()
+    promote("gate-clean", "1", "production")

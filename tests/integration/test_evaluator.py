@@ -363,7 +363,7 @@ def test_artifacts_are_the_reports_and_can_be_fetched_again(backdoored: Example,
     assert EvaluationResult.load(tmp_path).artifacts["backdoor_audit/report.json"].content == document
 
 
-@pytest.mark.parametrize(("which", "verdict"), [("clean", "pass"), ("backdoored", "fail")])
+@pytest.mark.parametrize(("which", "verdict"), [pytest.param("clean", "pass", marks=pytest.mark.slow), ("backdoored", "fail")])
 def test_version_and_audits_are_marked_as_by_the_command_line(
     which: str, verdict: str, client: MlflowClient, request: pytest.FixtureRequest
 ) -> None:
