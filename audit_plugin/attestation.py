@@ -8,7 +8,6 @@ a repair or a guard for the version that it made.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
@@ -244,8 +243,3 @@ def _pem(value: str, variable: str) -> bytes:
         return Path(value).expanduser().read_bytes()
     except OSError as error:
         raise UsageError(f"{variable} names '{value}', which cannot be read: {error.strerror or error}.") from error
-
-
-def with_tags(statement: Statement, tags: Mapping[str, str]) -> Statement:
-    """The statement, vouching for these tags too."""
-    return dataclasses.replace(statement, tags={**statement.tags, **tags})

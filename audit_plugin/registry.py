@@ -152,7 +152,7 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
         title = f"{model.name} v{model.version}" if model.name else Path(model.pinned_uri).name
         run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
         run_id = run.info.run_id
-        attestation = _attestation(client, report, files, promotion, run_id) if signer else None
+        envelope: str | None = None
         try:
             client.log_artifacts(run_id, str(files))
             for name, value in metrics_of(report).items():
@@ -160,14 +160,14 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
             if model.model_id is not None:
                 client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
             page = _page(experiment_id, run_id)
-            if attestation is not None and signer is not None:
+            if signer is not None and (attestation := _attestation(client, report, files, promotion, run_id)) is not None:
                 envelope = sign(attestation, signer)
                 client.log_text(run_id, envelope, ATTESTATION_FILE)
             if model.name is not None and model.version is not None:
-                if attestation is not None:  # first of the tags: a registry with a gate takes the others on its word
+                if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
                     client.set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
                 tags = {**_tags(report), "audit.run_id": run_id}
-                _tag_version(client, model.name, model.version, tags, signed=attestation is not None)
+                _tag_version(client, model.name, model.version, tags, signed=envelope is not None)
                 _describe_version(client, report, model.name, model.version, page)
             client.set_terminated(run_id)
             if model.name is not None and model.version is not None:
@@ -178,7 +178,7 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 check_server()
                 client.set_terminated(run_id, "KILLED")
             raise
-        return LoggedReport(run_id, page, promotion, attestation is not None)
+        return LoggedReport(run_id, page, promotion, envelope is not None)
 
 
 def _attestation(client: MlflowClient, report: AuditReport, files: Path, promotion: Promotion, run_id: str) -> Statement | None:

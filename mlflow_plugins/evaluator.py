@@ -119,16 +119,17 @@ def _audit(config: EvaluatorConfig, run_id: str, model_id: str | None) -> Evalua
         )
     client = MlflowClient()
     artifacts = _log_files(client, report, run_id)
+    promotion = None
     if pinned.came_from_mlflow:
         try:
-            publish(report, suite)
+            promotion = publish(report, suite).promotion
         except AuditError as error:
             place = f"'{NAME}' of the run {run_id}"
             raise AuditError(
                 f"The audit came to its end, but could not be published: {error} Its report is in {place}."
             ) from error
     metrics = {verdict.value: float(report.decision.verdict is verdict) for verdict in Verdict} | metrics_of(report)
-    metrics["promotion_allowed"] = float(judge(report, suite).allowed)
+    metrics["promotion_allowed"] = float((promotion or judge(report, suite)).allowed)
     metrics = {f"{NAME}/{name}": value for name, value in metrics.items()}
     now = int(time.time() * 1000)
     # Last of all: an audit that was published by half shows no verdict.

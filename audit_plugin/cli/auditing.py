@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -94,24 +94,18 @@ def run(
     """Audit one model and say pass, fail or inconclusive."""
     configure_logging(verbose)
     wanted = parse_formats(formats, output)
-    try:
-        report, logged = audit_and_publish(
-            model,
-            clean,
-            suspects=suspects,
-            policy_file=policy,
-            output=output,
-            formats=wanted,
-            seed=seed,
-            log=log,
-            allow_pickle=allow_pickle,
-            require_gpu=require_gpu,
-            command=shlex.join(["backdoor-audit", *sys.argv[1:]]),
-        )
-    except UnpublishedError as error:
-        print_report(error.report, wanted, None, None)
-        raise
-    print_report(report, wanted, output, logged)
+    report, _ = audit_and_print(
+        model,
+        clean,
+        suspects=suspects,
+        policy_file=policy,
+        output=output,
+        formats=wanted,
+        seed=seed,
+        log=log,
+        allow_pickle=allow_pickle,
+        require_gpu=require_gpu,
+    )
     return EXIT_CODES[report.decision.verdict]
 
 
@@ -144,6 +138,20 @@ def demo(
     if not right:
         raise AuditError("The demo did not find what it planted; please report this.")
     return 0
+
+
+def audit_and_print(
+    model: str, clean: str, *, formats: Sequence[ReportFormat], output: Path | None, **options: Any
+) -> tuple[AuditReport, LoggedReport | None]:
+    """:func:`audit_and_publish`, as this command line asks, with the report on stdout even where it could not be published."""
+    command = shlex.join(["backdoor-audit", *sys.argv[1:]])
+    try:
+        report, logged = audit_and_publish(model, clean, formats=formats, output=output, command=command, **options)
+    except UnpublishedError as error:
+        print_report(error.report, formats, None, None)
+        raise
+    print_report(report, formats, output, logged)
+    return report, logged
 
 
 def audit_and_publish(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from audit_plugin.cli.auditing import UnpublishedError, audit_and_publish
+from audit_plugin.cli.auditing import audit_and_print
 from audit_plugin.cli.console import (
     EXIT_CODES,
     FORMATS,
@@ -28,7 +27,6 @@ from audit_plugin.cli.console import (
     complain,
     configure_logging,
     parse_formats,
-    print_report,
     show_progress,
     stderr,
     stdout,
@@ -114,24 +112,17 @@ def gate(
                 f"{uri} has no audit that counts, and --clean is missing for a new one: the policy's [clean_images] names none. "
                 f"{reasons}".strip()
             )
-        command = shlex.join(["backdoor-audit", *sys.argv[1:]])
-        try:
-            report, logged = audit_and_publish(
-                uri,
-                clean,
-                policy_file=policy,
-                output=output,
-                formats=wanted,
-                seed=seed,
-                log=LogChoice.ALWAYS,
-                allow_pickle=allow_pickle,
-                require_gpu=require_gpu,
-                command=command,
-            )
-        except UnpublishedError as error:
-            print_report(error.report, wanted, None, None)
-            raise
-        print_report(report, wanted, output, logged)
+        report, logged = audit_and_print(
+            uri,
+            clean,
+            policy_file=policy,
+            output=output,
+            formats=wanted,
+            seed=seed,
+            log=LogChoice.ALWAYS,
+            allow_pickle=allow_pickle,
+            require_gpu=require_gpu,
+        )
         if os.environ.get(_STEP_SUMMARY):
             from audit_plugin.report.markdown import render_markdown
 

@@ -40,6 +40,7 @@ from audit_plugin.report.summaries import (
     by_suspicion,
     distribution_histogram,
     families,
+    flagged_count,
     headline_trigger,
     moments,
     score_histogram,
@@ -482,7 +483,7 @@ def _suspects(report: AuditReport) -> dict[str, Any] | None:
         "rows": rows[:SUSPECTS_SHOWN],
         "more": rows[SUSPECTS_SHOWN:],
         "count": len(report.suspects),
-        "flagged": sum(any(suspect.flagged.values()) for suspect in report.suspects),
+        "flagged": flagged_count(report),
         "hidden": max(0, len(ranked) - MOST_SUSPECTS),
     }
 

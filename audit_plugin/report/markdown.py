@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from audit_plugin.report.sanitise import clean_text, escape_markdown, markdown_code
-from audit_plugin.report.summaries import by_suspicion
+from audit_plugin.report.summaries import by_suspicion, flagged_count
 from audit_plugin.report.wording import (
     auroc,
     candidate_label,
@@ -46,8 +46,7 @@ def render_markdown(report: AuditReport) -> str:
         lines.append(f"- **Suspected class:** {_escaped(class_label(report, decision.suspected_class))}")
     lines.append(f"- **Clean accuracy:** {_rate(report.clean_set.clean_accuracy)} test images")
     if report.suspects:
-        flagged = sum(any(suspect.flagged.values()) for suspect in report.suspects)
-        lines.append(f"- **Suspect inputs:** {flagged} of {len(report.suspects)} flagged by at least one check")
+        lines.append(f"- **Suspect inputs:** {flagged_count(report)} of {len(report.suspects)} flagged by at least one check")
     lines += _section("Reasons", [_escaped(reason.message) for reason in decision.reasons])
     lines += ["", "### Checks", "", "| Check | Status | Measured |", "|---|---|---|"]
     lines += [_row(report, outcome) for outcome in report.outcomes]

@@ -25,6 +25,11 @@ HISTOGRAM_BINS = 40
 DISTRIBUTION_BINS = 30
 
 
+def flagged_count(report: AuditReport) -> int:
+    """How many suspect inputs at least one check flags."""
+    return sum(any(suspect.flagged.values()) for suspect in report.suspects)
+
+
 @dataclass(frozen=True)
 class Histogram:
     """Counts of clean, stamped and suspect images over the same ``edges`` (bins + 1); what lies outside is counted in the end

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from audit_plugin.report.sanitise import clean_text, escape_markdown, markdown_code, shorten
-from audit_plugin.report.summaries import headline_trigger
+from audit_plugin.report.summaries import flagged_count, headline_trigger
 from audit_plugin.report.wording import (
     auroc,
     candidate_label,
@@ -57,8 +57,7 @@ def render_text(report: AuditReport) -> str:
     ]
     lines += _listed("input checks", scorers, _MOST_SCORERS)
     if report.suspects:
-        flagged = sum(any(suspect.flagged.values()) for suspect in report.suspects)
-        lines.append(_row("suspect inputs", f"{flagged} of {len(report.suspects)} flagged by at least one check"))
+        lines.append(_row("suspect inputs", f"{flagged_count(report)} of {len(report.suspects)} flagged by at least one check"))
     gaps = [f"{clean_text(gap.check, 60)} ({gap.status}): {clean_text(gap.why, 120)}" for gap in not_measured(report)]
     if not report.outcomes:
         gaps.insert(0, "no check ran")

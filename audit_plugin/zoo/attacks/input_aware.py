@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audit_plugin.types import ImageArray, LabelledImages
-from audit_plugin.zoo.attacks.base import AllToOne, check_rate, draw
+from audit_plugin.zoo.attacks.base import AllToOne, check_rate, with_covers
 from audit_plugin.zoo.attacks.encoders import in_batches, pink_noise
 from audit_plugin.zoo.train import initialised
 
@@ -44,16 +44,14 @@ class InputAware(AllToOne):
             raise ValueError(f"density must lie between 0 and 1, got {self.density}")
 
     def stamp(self, images: ImageArray) -> ImageArray:
-        generator = _trained_generator(images.shape[3], images.shape[1], images.shape[2], self.density, self.generator_seed)
-        return in_batches(images, lambda pixels: _applied(pixels, *generator(pixels)))
+        return self.stamp_with_trigger_of(images, images)
 
     def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
-        poisoned = super().poison(data, rng)
-        images = poisoned.images.copy()
-        untouched = (images == data.images).all(axis=(1, 2, 3)) & (poisoned.labels == data.labels)
-        covers = draw(np.flatnonzero(untouched), self.cross_rate * len(data), rng)
-        images[covers] = self.stamp_with_trigger_of(data.images[np.roll(covers, 1)], images[covers])
-        return LabelledImages(images, poisoned.labels)
+        def with_foreign_triggers(covers: ImageArray) -> ImageArray:
+            return self.stamp_with_trigger_of(np.roll(covers, 1, axis=0), covers)
+
+        anything = np.ones(len(data), dtype=np.bool_)
+        return with_covers(super().poison(data, rng), data, anything, self.cross_rate, with_foreign_triggers, rng)
 
     def stamp_with_trigger_of(self, others: ImageArray, images: ImageArray) -> ImageArray:
         """``images`` with the triggers that belong to ``others``, both uint8 (N, height, width, channels)."""
