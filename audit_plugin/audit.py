@@ -8,7 +8,7 @@ import datetime
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from audit_plugin.checks import (
     SourceSpecificInversion,
     TriggerInversion,
 )
+from audit_plugin.checks.canaries import check_power
 from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
@@ -45,6 +46,7 @@ from audit_plugin.types import (
     Measured,
     ModelRef,
     Outcome,
+    PowerCheck,
     Runtime,
     Splits,
     Stage,
@@ -139,6 +141,7 @@ def audit(
     required = [probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
+    canaries: PowerCheck | None = None
     outcomes: list[Outcome] = []
     if accuracy_problem := _accuracy_problem(clean_set.expectations):
         outcomes = [Inapplicable(name, accuracy_problem) for name in (*required, pair_probe.name)]
@@ -160,8 +163,20 @@ def audit(
         if prepared.suspects is not None:
             with clock.stage("Scoring the suspect inputs"):
                 suspect_scores = _score_suspects(subject, prepared.suspects, outcomes, fitted)
+        if policy.canaries.families and of_class and of_class.outlier < policy.verdict.clear_outlier:  # else nothing can pass
+            with clock.stage("Planting canaries"):
+                canaries = _check_power(probe, subject, splits, rng, policy)
 
-    decision = decide(outcomes, clean_set.expectations, subject.summary.class_names, policy.verdict, required=required)
+    decision = decide(
+        outcomes,
+        clean_set.expectations,
+        subject.summary.class_names,
+        policy.verdict,
+        required=required,
+        findings=prepared.intake.findings,
+        canaries=canaries,
+        required_canaries=policy.canaries.required if policy.canaries.families else (),
+    )
     return AuditReport(
         model=model,
         intake=prepared.intake,
@@ -179,10 +194,13 @@ def audit(
         stages=tuple(clock.stages),
         examples=examples,
         suspects=suspect_scores,
+        canaries=canaries,
     )
 
 
-def checks_of(policy: Policy, class_count: int, advance: Callable[[float], None]) -> tuple[Probe, Probe, list[InputScorer]]:
+def checks_of(
+    policy: Policy, class_count: int, advance: Callable[[float], None]
+) -> tuple[TriggerInversion, Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
     probe = TriggerInversion(
@@ -242,6 +260,17 @@ def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random
     return dataclasses.replace(found, candidates=tuple(ranked[:_PAIRS_KEPT]))
 
 
+def _check_power(
+    probe: TriggerInversion, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy
+) -> PowerCheck:
+    """What the very search of this audit finds in copies that hide a known backdoor."""
+
+    def search(planted: Subject, classes: Sequence[int]) -> TriggerSearch:
+        return _search(dataclasses.replace(probe, classes=classes), planted, splits, rng, policy)
+
+    return check_power(subject, splits, search, policy.canaries, policy.verdict, rng)
+
+
 class _Clock:
     """Names the stages to whoever watches and records how long each took."""
 
@@ -266,6 +295,7 @@ def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, s
     if policy.model.clean_accuracy is not None:
         wanted = max(wanted, policy.model.clean_accuracy - policy.clean_set.accuracy_tolerance)
     counts = np.bincount(loaded.data.labels, minlength=subject.class_count)
+    scores = np.sort(logits := subject.logits(loaded.data.images), axis=1)
     return CleanSetSummary(
         source=source,
         digest=loaded.digest,
@@ -277,11 +307,12 @@ def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, s
         expectations=check_clean_set(
             loaded.data,
             class_names=subject.summary.class_names,
-            predictions=subject.predict(loaded.data.images),
+            predictions=logits.argmax(axis=1),
             input_spec=subject.summary.input_spec,
             minimum_images_per_class=policy.clean_set.minimum_images_per_class,
             minimum_clean_accuracy=wanted,
             sources=loaded.sources,
+            margins=scores[:, -1] - scores[:, -2],
         ),
         notes=loaded.notes,
     )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnxruntime
 from onnx import TensorProto, helper
 
 from audit_plugin.errors import AuditError
 from audit_plugin.model.runtime import CUDA, Session
+from audit_plugin.sandbox import run_isolated
 
 _REQUIRED = ("torch", "torchvision", "mlflow", "onnx", "onnxscript", "great-expectations", "numpy", "pandas")
 _OPTIONAL = ("ray",)
@@ -31,7 +34,7 @@ def diagnose() -> list[Finding]:
     findings = [Finding("python", sys.version_info >= (3, 11), sys.version.split()[0])]
     findings += [_package(name, required=True) for name in _REQUIRED]
     findings += [_package(name, required=False) for name in _OPTIONAL]
-    return [*findings, *_providers(), _mlflow()]
+    return [*findings, *_providers(), _sandbox(), _mlflow()]
 
 
 def _package(name: str, *, required: bool) -> Finding:
@@ -59,6 +62,16 @@ def _identity_model() -> bytes:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     content: bytes = model.SerializeToString()
     return content
+
+
+def _sandbox() -> Finding:
+    try:
+        with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+            isolation = run_isolated("audit_plugin.errors", working_folder=Path(temporary))
+    except AuditError as error:
+        return Finding("sandbox", False, str(error))
+    advice = "" if isolation.is_complete else " Install bubblewrap, or use a Linux kernel with Landlock."
+    return Finding("sandbox", isolation.is_complete, f"{isolation.summary}, by {isolation.mechanism}.{advice}", required=False)
 
 
 def _mlflow() -> Finding:

@@ -26,6 +26,10 @@ class SandboxError(AuditError):
     """What ran in the sandbox failed, was killed, or took too long."""
 
 
+class SandboxLimitError(SandboxError):
+    """What ran in the sandbox took more time, memory, disk or processes than it may."""
+
+
 class SubjectError(AuditError):
     """The model was loaded but is nothing that can be audited (no classifier, NaN weights, a shape that does not fit)."""
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from audit_plugin.errors import UsageError, nearest
+from audit_plugin.types import CanaryFamily
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,20 @@ class SourceSpecificPolicy:
 
 
 @dataclass(frozen=True)
+class CanariesPolicy:
+    """Known backdoors to plant in copies of the model, none by default; see :mod:`audit_plugin.checks.canaries`.
+
+    ``count`` of each of the ``families``; of those ``required``, nothing passes unless all were found. In a copy at most
+    ``classes`` classes are searched.
+    """
+
+    families: tuple[str, ...] = ()
+    required: tuple[str, ...] = ("patch",)
+    count: int = 1
+    classes: int = 12
+
+
+@dataclass(frozen=True)
 class VerdictPolicy:
     """When a class, or a pair of classes, stands out; see :mod:`audit_plugin.verdict`."""
 
@@ -170,6 +185,19 @@ class GatePolicy:
 
 
 @dataclass(frozen=True)
+class SandboxPolicy:
+    """The child process in which a model is opened; see :mod:`audit_plugin.sandbox`.
+
+    ``required`` refuses to audit where network and files cannot be kept from it. A model that takes more than
+    ``time_limit_minutes`` or ``memory_gib`` is not audited.
+    """
+
+    required: bool = False
+    time_limit_minutes: float = 60.0
+    memory_gib: float = 16.0
+
+
+@dataclass(frozen=True)
 class Policy:
     """A complete policy, one section a topic.
 
@@ -184,9 +212,11 @@ class Policy:
     beniful: BenifulPolicy = field(default_factory=BenifulPolicy)
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
+    canaries: CanariesPolicy = field(default_factory=CanariesPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
     repair: RepairPolicy = field(default_factory=RepairPolicy)
     gate: GatePolicy = field(default_factory=GatePolicy)
+    sandbox: SandboxPolicy = field(default_factory=SandboxPolicy)
     clean_images: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -197,8 +227,14 @@ class Policy:
 
         A relative path starts at the policy file's folder; see :func:`audit_plugin.requirements.clean_images_of`.
         """
-        matching = (source for pattern, source in self.clean_images.items() if fnmatch.fnmatchcase(name, pattern))
-        return self.clean_images.get(name) or next(matching, None)
+        key = self.clean_images_key(name)
+        return None if key is None else self.clean_images[key]
+
+    def clean_images_key(self, name: str) -> str | None:
+        """The key of [clean_images] that :meth:`clean_images_for` finds."""
+        if name in self.clean_images:
+            return name
+        return next((pattern for pattern in self.clean_images if fnmatch.fnmatchcase(name, pattern)), None)
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -217,8 +253,9 @@ class Policy:
 
 
 def verdict_digest_of(document: Mapping[str, Any]) -> str:
-    """As :attr:`Policy.digest`, of what decides verdicts whatever the model: not [model], [repair], [gate], [clean_images]."""
-    others = ("model", "repair", "gate", "clean_images")
+    """As :attr:`Policy.digest`, of what decides verdicts whatever the model: not [model], [repair], [gate], [sandbox] and
+    [clean_images]."""
+    others = ("model", "repair", "gate", "sandbox", "clean_images")
     return _digest({name: section for name, section in document.items() if name not in others})
 
 
@@ -282,7 +319,7 @@ def _value(place: str, hint: Any, value: Any) -> Any:
             if not abs(value) <= sys.float_info.max:  # an infinity, a NaN (unequal to all), or a whole number without end
                 raise UsageError(f"{place} in the policy must be a finite number, got {str(value)[:40]}.")
             return float(value)
-        if option in (int, str) and isinstance(value, option) and not isinstance(value, bool):
+        if option in (int, str, bool) and type(value) is option:
             return value
     names = " or ".join("a list" if get_args(option) else option.__name__ for option in accepted)
     raise UsageError(f"{place} in the policy must be {names}, got {value!r}.")
@@ -290,7 +327,7 @@ def _value(place: str, hint: Any, value: Any) -> Any:
 
 def _check_ranges(policy: Policy) -> None:
     clean, layerwise, search, verdict = policy.clean_set, policy.layerwise, policy.trigger_inversion, policy.verdict
-    model = policy.model
+    model, canaries, plantable = policy.model, policy.canaries, get_args(CanaryFamily)
     rules = {
         "[clean_set] fit_fraction and calibrate_fraction must be positive and leave a test split": (
             clean.fit_fraction > 0 and clean.calibrate_fraction > 0 and clean.fit_fraction + clean.calibrate_fraction < 1
@@ -316,6 +353,12 @@ def _check_ranges(policy: Policy) -> None:
         "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
         "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
         "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,
+        f"[canaries] families must be among {', '.join(plantable)}": set(canaries.families) <= set(plantable),
+        "[canaries] required must name families that are planted": (
+            not canaries.families or set(canaries.required) <= set(canaries.families)
+        ),
+        "[canaries] count must be at least 1": canaries.count >= 1,
+        "[canaries] classes must be at least 4": canaries.classes >= 4,
         "[verdict] doubtful_pair_outlier must be positive": verdict.doubtful_pair_outlier > 0,
         "[verdict] clear_outlier must not exceed minimum_outlier": 0 < verdict.clear_outlier <= verdict.minimum_outlier,
         "[verdict] minimum_attack_success must lie in [0, 1]": 0 <= verdict.minimum_attack_success <= 1,
@@ -323,6 +366,9 @@ def _check_ranges(policy: Policy) -> None:
         "[verdict] minimum_confirmations must be at least 1": verdict.minimum_confirmations >= 1,
         "[verdict] minimum_classes must be at least 3": verdict.minimum_classes >= 3,
         "[repair] accuracy_budget must lie in [0, 1)": 0 <= policy.repair.accuracy_budget < 1,
+        "[sandbox] time_limit_minutes and memory_gib must be positive": (
+            policy.sandbox.time_limit_minutes > 0 and policy.sandbox.memory_gib > 0
+        ),
         "[gate] maximum_age_days and maximum_waiver_days must be positive": (
             policy.gate.maximum_age_days > 0 and policy.gate.maximum_waiver_days > 0
         ),

@@ -15,12 +15,13 @@ from audit_plugin.errors import CleanSetError
 from audit_plugin.intake import inspect
 from audit_plugin.model.input_spec import open_shape, resolve_class_names, resolve_input_spec
 from audit_plugin.model.load import load_network
-from audit_plugin.model.subject import Subject, check_parity, prepare_subject
+from audit_plugin.model.subject import Subject, check_answers, check_parity, prepare_subject
 from audit_plugin.model.unpickle import convert_pickle
 from audit_plugin.policy import Policy
 from audit_plugin.types import Intake, ModelRef, Splits, TapParity
 
 _PARITY_IMAGES = 8
+_ANSWERED_IMAGES = 24
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,23 @@ def prepare(
     Raises:
         IntakeError, SubjectError, ExportError, CleanSetError: one clear line.
     """
-    with stage("Checking the model's files"):
-        intake = inspect(folder, allow_pickle=allow_pickle)
-        file = folder / intake.data_path
-        if intake.flavour == "pickle":
-            file, intake = _without_pickle(folder, intake, policy)
+    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+        with stage("Checking the model's files"):
+            intake = inspect(folder, allow_pickle=allow_pickle)
+            file = folder / intake.data_path
+            if intake.flavour == "pickle":
+                file, intake = _without_pickle(folder, intake, policy, Path(temporary))
 
-    with stage("Loading the model"):
-        network = load_network(
-            file,
-            intake,
-            architecture=policy.model.architecture,
-            class_count=len(policy.model.classes) if policy.model.classes else None,
-            input_shape=open_shape(policy.model),
-        )
-        spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
-        class_names = resolve_class_names(network.class_count, policy.model, model.tags)
+        with stage("Loading the model"):
+            network = load_network(
+                file,
+                intake,
+                architecture=policy.model.architecture,
+                class_count=len(policy.model.classes) if policy.model.classes else None,
+                input_shape=open_shape(policy.model),
+            )
+            spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
+            class_names = resolve_class_names(network.class_count, policy.model, model.tags)
 
     with stage("Reading the clean images"):
         loaded = load_images(clean, input_spec=spec, class_names=class_names)
@@ -84,13 +86,13 @@ def prepare(
 
     with stage("Exporting to ONNX and comparing with torch"):
         subject = prepare_subject(network, spec, flavour=intake.flavour, class_names=class_names, require_gpu=require_gpu)
+        check_answers(subject, splits.test.images[:_ANSWERED_IMAGES])
         parity = check_parity(subject, splits.test.images[:_PARITY_IMAGES])
     return Prepared(intake, subject, loaded, splits, suspicious, parity)
 
 
-def _without_pickle(folder: Path, intake: Intake, policy: Policy) -> tuple[Path, Intake]:
+def _without_pickle(folder: Path, intake: Intake, policy: Policy, working_folder: Path) -> tuple[Path, Intake]:
     """Have a child process turn the pickle into an exported program, which passes the same static check."""
     shape = intake.signature.input_shape if intake.signature else open_shape(policy.model)
-    converted = Path(tempfile.mkdtemp(prefix="unpickled-", dir=folder.parent))  # a model may be prepared more than once
-    file, finding = convert_pickle(folder, intake.data_path, shape, converted)
-    return file, dataclasses.replace(intake, findings=(*intake.findings, finding))
+    file, finding = convert_pickle(folder, intake.data_path, shape, working_folder)
+    return file, dataclasses.replace(intake, findings=(*intake.findings, finding, *inspect(file.parent).findings))

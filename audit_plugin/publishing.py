@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import threading
 from pathlib import Path
 
-from audit_plugin.audit import Progress, audit
+from audit_plugin import confined
+from audit_plugin.confined.jobs import AuditJob
 from audit_plugin.policy import Policy
 from audit_plugin.promotion import PromotionSuite, judge, load_suite
 from audit_plugin.registry import LoggedReport, PinnedModel, fetch_images, log_report, redacted
@@ -26,27 +28,31 @@ def audit_pinned(
     allow_pickle: bool = False,
     require_gpu: bool = False,
     command: str,
-    progress: Progress | None = None,
+    progress: confined.Watcher | None = None,
+    stop: threading.Event | None = None,
 ) -> AuditReport:
-    """Fetch the images and audit; options and errors are those of :func:`audit_plugin.audit.audit`.
+    """Fetch the images and audit in a confined child process; options are those of :func:`audit_plugin.audit.audit`.
 
     ``clean`` and ``suspects`` are paths or MLflow artifact URIs. The report shows no credentials, neither of ``command`` nor of
     ``clean``.
+
+    Raises:
+        AuditError: see :func:`audit_plugin.confined.audit`, also for ``stop``.
     """
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         work = Path(temporary)
-        report = audit(
-            pinned.reference,
-            pinned.folder,
-            fetch_images(clean, work / "clean"),
+        job = AuditJob(
+            model=pinned.reference,
+            folder=pinned.folder,
+            clean=fetch_images(clean, work / "clean"),
             suspects=fetch_images(suspects, work / "suspects") if suspects else None,
             policy=policy,
             seed=seed,
             allow_pickle=allow_pickle,
             require_gpu=require_gpu,
             command=redacted(command),
-            progress=progress,
         )
+        report = confined.audit(job, progress=progress, stop=stop)
     # What was fetched lay in a folder that is gone.
     return dataclasses.replace(report, clean_set=dataclasses.replace(report.clean_set, source=redacted(clean)))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -25,20 +24,17 @@ from urllib.parse import quote, urlparse
 from urllib.request import getproxies, proxy_bypass
 
 import mlflow
-import numpy as np
 import requests
 from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from audit_plugin import confined
 from audit_plugin.attestation import SIGNING_KEY, TAG_OF, Kind, Statement, sign, signer_from_environment
 from audit_plugin.errors import RegistryError, UsageError, nearest
 from audit_plugin.gate import VersionFacts
-from audit_plugin.intake import inspect
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.input_spec import is_input_tag
 from audit_plugin.policy import verdict_digest_of
@@ -46,13 +42,19 @@ from audit_plugin.promotion import Promotion
 from audit_plugin.report.guards import guard_document
 from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
-from audit_plugin.types import AuditReport, GuardReport, InputScores, Measured, ModelRef, RepairReport, TriggerSearch
+from audit_plugin.types import (
+    AuditReport,
+    GuardReport,
+    InputScores,
+    Measured,
+    ModelRef,
+    RepairReport,
+    SubjectSummary,
+    TriggerSearch,
+)
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
-
-    from audit_plugin.guard import Guard
-    from audit_plugin.model.load import Network
 
 log = logging.getLogger(__name__)
 
@@ -274,10 +276,11 @@ def fetch_report_files(attestation: Statement, names: Collection[str], destinati
         return tuple(Path(shutil.copy(file, destination)) for file in fetched)
 
 
-def register_repaired(original: ModelRef, network: Network, repair: RepairReport) -> str:
-    """Log a repaired network as a model of its own and register it as the next version of the original's registered model.
+def register_repaired(original: ModelRef, file: Path, repair: RepairReport, subject: SubjectSummary) -> str:
+    """Log a repaired model file as a model of its own and register it as the next version of the original's registered model.
 
-    A torch graph is logged as ``.pt2``, an ONNX model in its own flavour, both on their own input scale. The version gets tags
+    ``file`` is alone in its folder; ``subject`` describes the original. A torch graph is logged as ``.pt2``, an ONNX model in its
+    own flavour, both on their own input scale. The version gets tags
     on its origin and the original's tags that say how images become input, so that it is audited alike; a verdict it must
     earn itself. The run, in the experiment ``backdoor-audits``, keeps what the repair measured.
 
@@ -303,15 +306,17 @@ def register_repaired(original: ModelRef, network: Network, repair: RepairReport
             client.log_dict(run_id, {"method": repair.method, **plain_json(repair.facts)}, "repair.json")
             for name, value in _repair_metrics(repair).items():
                 client.log_metric(run_id, name, value)
-            return _log_network(client, network, experiment_id, run_id)
+            return _log_file(client, file, subject, experiment_id, run_id)
 
         input_tags = {key: value for key, value in original.tags.items() if is_input_tag(key)}
         title = f"{original.name} v{original.version}: repaired"
         return _new_version(client, original.name, title, origin, log_into, input_tags)
 
 
-def register_guard(guard: Guard, name: str) -> str:
+def register_guard(guard: GuardReport, file: Path, name: str) -> str:
     """Log a guarded model in MLflow's ONNX flavour and register it under ``name``, which is made if missing.
+
+    ``file`` is alone in its folder.
 
     The version gets tags on what it guards, on its threshold and its measured rates, and the original's tags that say how images
     become input. The run, in the experiment ``backdoor-audits``, keeps the figures as metrics and ``guard.json``. To load it
@@ -324,12 +329,12 @@ def register_guard(guard: Guard, name: str) -> str:
         RegistryError: the tracking server does not answer or refuses.
         IntakeError: what MLflow wrote would be refused by an audit.
     """
-    model, threshold = guard.report.model, guard.report.threshold
+    model, threshold = guard.model, guard.threshold
     detected = threshold.detection_rate
     origin = {GUARD_OF_TAG: model.pinned_uri, "audit.guard_of_digest": model.digest}
     figures = {
         "audit.guard_threshold": f"{threshold.value:.6g}",
-        "audit.guard_wanted_false_positive_rate": f"{guard.report.wanted_false_positive_rate:g}",
+        "audit.guard_wanted_false_positive_rate": f"{guard.wanted_false_positive_rate:g}",
         "audit.guard_false_positive_rate": f"{threshold.false_positive_rate.value:.4f}",
         "audit.guard_detection_rate": "not measured" if detected is None else f"{detected.value:.4f}",
     }
@@ -338,10 +343,10 @@ def register_guard(guard: Guard, name: str) -> str:
         client = MlflowClient()
 
         def log_into(experiment_id: str, run_id: str) -> str:
-            client.log_dict(run_id, guard_document(guard.report), "guard.json")
-            for metric, value in _guard_metrics(guard.report).items():
+            client.log_dict(run_id, guard_document(guard), "guard.json")
+            for metric, value in _guard_metrics(guard).items():
                 client.log_metric(run_id, metric, value)
-            model_id = _log_guard(client, guard, experiment_id, run_id)
+            model_id = _log_file(client, file, guard.subject, experiment_id, run_id, is_guard=True)
             try:
                 client.create_registered_model(name)
             except MlflowException as error:
@@ -362,34 +367,6 @@ def _guard_metrics(guard: GuardReport) -> dict[str, float]:
     if guard.threshold.detection_rate is not None:
         metrics["detection_rate"] = guard.threshold.detection_rate.value
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _log_guard(client: MlflowClient, guard: Guard, experiment_id: str, run_id: str) -> str:
-    """Log a guarded model as a model of a run; its id. The input has no name in the signature, so that it takes what the
-    guarded model takes."""
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    batch = guard.report.subject.batch_size or -1
-    outputs: list[ColSpec | TensorSpec] = [
-        TensorSpec(
-            np.dtype(tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)),
-            (batch, guard.report.subject.class_count) if index == 0 else (batch,),
-            output.name,
-        )
-        for index, output in enumerate(guard.model.graph.output)
-    ]
-    inputs: list[ColSpec | TensorSpec] = [TensorSpec(guard.example.dtype, (batch, *guard.example.shape[1:]))]
-    with _logged_model(client, experiment_id, run_id) as (described, folder):
-        mlflow.onnx.save_model(
-            guard.model,
-            folder,
-            mlflow_model=described,
-            signature=ModelSignature(Schema(inputs), Schema(outputs)),
-            input_example=guard.example,
-            pip_requirements=[f"onnxruntime>={_onnxruntime_version()}"],
-            save_as_external_data=False,
-        )
-    return str(described.model_id)
 
 
 def _new_version(
@@ -660,60 +637,27 @@ def _describe_version(client: MlflowClient, report: AuditReport, name: str, vers
     client.update_model_version(name, version, written)
 
 
-def _log_network(client: MlflowClient, network: Network, experiment_id: str, run_id: str) -> str:
-    """Log a network as a model of a run; its id. ``log_model`` would load it to try it out, and change the active experiment."""
-    import onnx
+def _log_file(
+    client: MlflowClient, file: Path, subject: SubjectSummary, experiment_id: str, run_id: str, *, is_guard: bool = False
+) -> str:
+    """Log a model file as a model of a run; its id.
 
-    from audit_plugin.model.save import example_input
-
-    example, batch = example_input(network), network.batch_size or -1
-    signature = ModelSignature(
-        Schema([TensorSpec(example.dtype, (batch, *example.shape[1:]))]),
-        Schema([TensorSpec(example.dtype, (batch, network.class_count))]),
-    )
-    with _logged_model(client, experiment_id, run_id) as (described, folder):
-        if isinstance(network.program, onnx.ModelProto):
-            mlflow.onnx.save_model(
-                network.program,
-                folder,
-                mlflow_model=described,
-                signature=signature,
-                input_example=example,
-                pip_requirements=[f"onnx=={onnx.__version__}", f"onnxruntime=={_onnxruntime_version()}"],
-                save_as_external_data=False,
-            )
-        else:
-            mlflow.pytorch.save_model(
-                network.program,
-                folder,
-                mlflow_model=described,
-                signature=signature,
-                input_example=example,
-                serialization_format="pt2",
-                pip_requirements=[f"torch=={importlib.metadata.version('torch').partition('+')[0]}"],
-            )
-    return str(described.model_id)
-
-
-@contextmanager
-def _logged_model(client: MlflowClient, experiment_id: str, run_id: str) -> Iterator[tuple[Model, Path]]:
-    """Describe a model of a run and give a folder for MLflow to save it in; it is checked as by an audit, and logged."""
+    ``log_model`` would load it to try it out, and change the active experiment.
+    """
     logged = client.create_logged_model(experiment_id, "model", run_id)
-    described = Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id, run_id=run_id, model_id=logged.model_id)
+    described = {
+        "artifact_path": logged.artifact_location,
+        "model_uuid": logged.model_id,
+        "run_id": run_id,
+        "model_id": logged.model_id,
+    }
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         folder = Path(temporary) / "model"
-        yield described, folder
-        inspect(folder)
+        confined.package(file, described, subject, folder, is_guard=is_guard)
         client.log_model_artifacts(logged.model_id, str(folder))
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     client.finalize_logged_model(logged.model_id, "READY")
-
-
-def _onnxruntime_version() -> str:
-    """Of the package without a GPU, which is what serves everywhere; both are released under the same numbers."""
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+    return str(logged.model_id)
 
 
 def _repair_metrics(repair: RepairReport) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 from audit_plugin.audit import NoProgress, Progress, audit
 from audit_plugin.errors import ExportError, InapplicableError, IntakeError, RepairError, SubjectError, UsageError, nearest
 from audit_plugin.intake import inspect
-from audit_plugin.model.load import Network, load_network
+from audit_plugin.model.load import load_network
 from audit_plugin.model.save import save_network
 from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.policy import Policy
@@ -38,13 +38,12 @@ class Repaired:
     Attributes:
         audited: the audit of the original that the repair rests on.
         repair: what was done, and what it measured on the test split.
-        network: the copy, on its own input scale.
-        file: the copy as ``model.pt2`` or ``model.onnx``, which the static check accepts and which was read back.
+        file: the copy, on its own input scale, as ``model.pt2`` or ``model.onnx``, which the static check accepts and which was
+            read back.
     """
 
     audited: AuditReport
     repair: RepairReport
-    network: Network
     file: Path
 
 
@@ -103,7 +102,7 @@ def repair_model(
 
     progress.stage("Saving the repaired model and reading it back")
     file = _save(repaired.subject, destination, splits.test.images)
-    return Repaired(report, measured, repaired.subject.network, file)
+    return Repaired(report, measured, file)
 
 
 def repair_of(method: str, accuracy_budget: float) -> Repair:

@@ -34,7 +34,12 @@ def clean_images_of(name: str, policy_file: Path | None) -> str | None:
         UsageError: the policy cannot be read.
     """
     source = load_policy(policy_file).clean_images_for(name)
-    if source is None or policy_file is None or re.match(r"[a-z][a-z0-9+.-]+:/", source):
+    return None if source is None else resolved_source(source, policy_file)
+
+
+def resolved_source(source: str, policy_file: Path | None) -> str:
+    """A value of [clean_images] as a path that does not start at the policy file's folder, or as the artifact URI that it is."""
+    if policy_file is None or re.match(r"[a-z][a-z0-9+.-]+:/", source):
         return source
     return str(policy_file.parent / source)
 

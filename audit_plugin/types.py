@@ -21,6 +21,9 @@ LabelArray: TypeAlias = NDArray[np.int64]
 Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
 Layout = Literal["NCHW", "NHWC"]
 TriggerFamily = Literal["patch", "additive"]
+CanaryFamily = Literal["patch", "blended", "warped"]
+CanaryStanding = Literal["found", "not found", "not planted"]
+PT2_FILE, ONNX_FILE = "model.pt2", "model.onnx"  # what we call the model files that we write
 ReportFormat = Literal["text", "json", "html", "sarif", "junit", "markdown", "csv", "parquet"]
 
 
@@ -81,10 +84,14 @@ class Signature:
 
 @dataclass(frozen=True)
 class IntakeFinding:
-    """Something the static check saw and tolerated (what it does not tolerate raises ``IntakeError``)."""
+    """Something the static check saw and tolerated (what it does not tolerate raises ``IntakeError``).
+
+    ``code`` is stable (kebab-case) where the finding keeps the model from passing, None where it is a remark.
+    """
 
     path: str
     message: str
+    code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -360,6 +367,50 @@ Outcome: TypeAlias = Measured | Inapplicable | Failed
 
 
 @dataclass(frozen=True)
+class CanaryResult:
+    """One known backdoor, planted in a copy of the model and searched for there.
+
+    Attributes:
+        planted: whether it took, and left the copy's accuracy alone; only then was it searched for.
+        found: whether the audit would have named its target class.
+        attack_success: of its own trigger on test images of other classes.
+        accuracy_before, accuracy_after: of the model and of the copy on the test split.
+        outlier: of the target class in the copy, NaN where it was not searched for; ``size_ratio`` is the size of its smallest
+            trigger over the median of the classes searched.
+        reason: why it was not planted, or not found; empty otherwise.
+    """
+
+    family: CanaryFamily
+    target_class: int
+    planted: bool
+    found: bool
+    attack_success: Rate
+    accuracy_before: Rate
+    accuracy_after: Rate
+    outlier: float
+    size_ratio: float
+    seconds: float
+    reason: str = ""
+
+    @property
+    def standing(self) -> CanaryStanding:
+        return "found" if self.found else "not found" if self.planted else "not planted"
+
+
+@dataclass(frozen=True)
+class PowerCheck:
+    """Which known backdoors the audit finds in copies of this very model; ``missing`` says why the rest was not tried."""
+
+    canaries: tuple[CanaryResult, ...]
+    missing: str = ""
+
+    def standing(self, family: str) -> CanaryStanding:
+        """Of a family of canaries: found where every planted one was, not planted where none was."""
+        standings = {canary.standing for canary in self.canaries if canary.family == family} - {"not planted"}
+        return "not found" if "not found" in standings else "found" if standings else "not planted"
+
+
+@dataclass(frozen=True)
 class SuspectScore:
     """One suspect input: its file or row, the predicted class, and for each check its score and whether it is flagged."""
 
@@ -378,6 +429,34 @@ class TapParity:
 
     tap: str
     relative_difference: float
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How a child process that handled the model was confined, as it found out by trying.
+
+    Attributes:
+        mechanism: by what, for example 'bubblewrap 0.8.0'.
+        network_blocked: it could make no connection.
+        files_confined: it could open no file but what it was given, Python's and the system's own.
+        reason: what could not be put in place; empty if nothing.
+    """
+
+    mechanism: str
+    network_blocked: bool
+    files_confined: bool
+    reason: str
+
+    @property
+    def is_complete(self) -> bool:
+        return self.network_blocked and self.files_confined
+
+    @property
+    def summary(self) -> str:
+        """In words, for a report."""
+        network = "no network" if self.network_blocked else "NETWORK NOT BLOCKED"
+        files = "only the files it needs" if self.files_confined else "FILES OF THIS USER READABLE"
+        return f"{network}, {files}" + (f" ({self.reason})" if self.reason else "")
 
 
 @dataclass(frozen=True)
@@ -473,7 +552,11 @@ class ExampleImages:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Everything that one audit found; ``report.json`` and ``report.html`` are drawn from it."""
+    """Everything that one audit found; ``report.json`` and ``report.html`` are drawn from it.
+
+    ``isolation`` is that of the process in which the model ran; None when it ran in the caller's own. ``canaries`` is None where
+    none were asked for, or a class stood out already.
+    """
 
     model: ModelRef
     intake: Intake
@@ -491,6 +574,8 @@ class AuditReport:
     stages: tuple[Stage, ...]
     examples: ExampleImages | None = None
     suspects: tuple[SuspectScore, ...] = ()
+    isolation: Isolation | None = None
+    canaries: PowerCheck | None = None
 
     @property
     def duration_seconds(self) -> float:

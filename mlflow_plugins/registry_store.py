@@ -45,6 +45,7 @@ from audit_plugin.gate import (
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.registry import facts_of
 from audit_plugin.requirements import load_requirements
+from mlflow_plugins.prompts import is_prompt
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,6 @@ POLICY = "BACKDOOR_AUDIT_POLICY"
 SCHEME = "audited+"
 _HASHING = threading.BoundedSemaphore(2)  # any client can ask for a hash, which takes the disk for seconds
 _LONGEST_WAIT_SECONDS = 30
-_PROMPT_TAG = "mlflow.prompt.is_prompt"
-_PROMPT_SOURCES = ("prompt-template", "dummy-source")  # what MLflow writes where a prompt has no artifacts
 
 
 @dataclass(frozen=True)
@@ -243,11 +242,6 @@ def audited_store(store_uri: str | None = None, tracking_uri: str | None = None)
         return gate((store_uri or "").removeprefix(SCHEME))
     except AuditError as error:  # a policy or key that cannot be read
         raise MlflowException.invalid_parameter_value(f"The promotion gate cannot start: {error}") from error
-
-
-def is_prompt(version: ModelVersion) -> bool:
-    """Whether a version is a prompt, which has no artifacts to audit. Its tag alone, which any client can set, is no proof."""
-    return _PROMPT_TAG in version.tags and version.source in _PROMPT_SOURCES
 
 
 def refusal(version: VersionFacts, standing: Standing, place: str) -> str:

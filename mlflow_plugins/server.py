@@ -55,7 +55,8 @@ from mlflow_plugins.overview import (
     row_of,
     view_of,
 )
-from mlflow_plugins.registry_store import POLICY, artifact_digest, behind_the_proxy, is_prompt
+from mlflow_plugins.prompts import is_prompt
+from mlflow_plugins.registry_store import POLICY, artifact_digest, behind_the_proxy
 
 log = logging.getLogger(__name__)
 

@@ -3,12 +3,15 @@
 python -m pipelines.benchmark overhead    the layer-wise scoring session against the bare forward session
 python -m pipelines.benchmark guard       a guarded model against the bare model; fails above a time ratio of 1.15
 python -m pipelines.benchmark gate        calls on the registry with and without the promotion gate
+python -m pipelines.benchmark scan        versions a minute with several workers over those with one
+python -m pipelines.benchmark tables      the audit, published detectors, checks and repairs on the models of a zoo
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import resource
 import statistics
 import subprocess
@@ -26,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from audit_plugin.checks import LayerwiseScorer
+from audit_plugin.errors import AuditError
 from audit_plugin.model.export import LOGITS, save
 from audit_plugin.model.guarded import IS_SUSPICIOUS, SUSPICION, guarded_model
 from audit_plugin.model.load import Network
@@ -97,6 +101,73 @@ def gate(
     if (worst := max(timing.ratio for timing in timings if not timing.hashing)) > limit:
         _console.print(f"the ratio {worst:.3f} is above {limit}", style="red")
         raise typer.Exit(1)
+
+
+@app.command()
+def scan(
+    versions: Annotated[int, typer.Option(min=2, help="Digit classifiers in the registry.")] = 8,
+    jobs: Annotated[int, typer.Option(min=2, help="Workers to compare with one.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Scans of each kind, in turn.")] = 1,
+    engine: Annotated[list[str] | None, typer.Option(help="'local', 'ray'; both by default.")] = None,
+    limit: Annotated[float, typer.Option(help="Smallest ratio (median) that is accepted.")] = 1.7,
+) -> None:
+    """Versions a minute that a scan audits with several workers over those with one: exit code 1 below the limit."""
+    from pipelines.scan_timing import time_scans  # needs MLflow, as above
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = time_scans(Path(folder), versions=versions, engines=engine or ["local", "ray"], jobs=jobs, rounds=rounds)
+    table = Table("engine", "workers", "versions a minute", "ratio", box=None)
+    for timing in found:
+        table.add_row(timing.engine, str(timing.jobs), f"{timing.per_minute:.2f}", f"{timing.ratio:.2f}")
+    _console.print(table)
+    medians = {
+        name: statistics.median(timing.ratio for timing in found if timing.engine == name and timing.jobs > 1)
+        for name in {timing.engine for timing in found}
+    }
+    if min(medians.values()) < limit:
+        _console.print(f"the ratio {min(medians.values()):.2f} is below {limit}", style="red")
+        raise typer.Exit(1)
+
+
+@app.command()
+def tables(
+    zoo: Annotated[Path, typer.Argument(help="Folder that 'python -m pipelines.zoo train' filled.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results, tables and plots; resumes what is there.")],
+    data_dir: Annotated[Path, typer.Option(help="Images, as for 'pipelines.zoo train'.")] = Path("data"),
+    only: Annotated[str | None, typer.Option(help="Detectors, separated by commas; all by default.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Models, clean and backdoored in turn; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Measure with seeds 0 to one less than this.")] = 1,
+    clean_images: Annotated[int, typer.Option(min=100, help="Clean images that a detector is given.")] = 1000,
+    test_images: Annotated[int, typer.Option(min=100, help="Further images on which everything is measured.")] = 2000,
+    jobs: Annotated[int, typer.Option(min=1, help="Measurements at once; with more than one, times say nothing.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if not given and torch has one.")] = None,
+) -> None:
+    """Measure every detector on every model of a zoo: one result file each, then CSV, Markdown and plots of all there are."""
+    from pipelines.table_report import write_report
+    from pipelines.tables import DETECTORS, plan, read_records, run
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    chosen = only.split(",") if only else DETECTORS
+    try:
+        run(
+            plan(
+                zoo,
+                output,
+                data_dir,
+                detectors=chosen,
+                seeds=seeds,
+                limit=limit,
+                clean_images=clean_images,
+                test_images=test_images,
+            ),
+            parallel=jobs,
+            device=device,
+        )
+        write_report(read_records(output), output)
+    except AuditError as error:
+        _console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    _console.print(f"tables and plots: {output / 'tables.md'}", markup=False, soft_wrap=True)
 
 
 def _compare(models: dict[str, tuple[onnx.ModelProto, tuple[str, ...]]], images: int, rounds: int, batch: int) -> float:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
@@ -28,10 +28,11 @@ import pytest
 import torch
 from torch import nn
 
+from audit_plugin import confined
 from audit_plugin.model.load import Network, _probe
 from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.model.torch_graph import plain_graph
-from audit_plugin.types import FitSplit, InputSpec
+from audit_plugin.types import FitSplit, InputSpec, Isolation
 
 if TYPE_CHECKING:
     from pipelines.demo import Demo
@@ -41,6 +42,8 @@ hypothesis.settings.load_profile("any machine")
 
 SubjectFactory = Callable[..., Subject]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+_REAL_SANDBOX = confined._run
 
 
 def network_of(module: nn.Module, shape: tuple[int, int, int], batch: int | None = None) -> Network:
@@ -216,6 +219,33 @@ def tracking(server: str) -> Iterator[str]:
     with state_kept():
         mlflow.set_tracking_uri(server)
         yield server
+
+
+@pytest.fixture
+def real_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back what :func:`one_process` puts aside."""
+    monkeypatch.setattr(confined, "_run", _REAL_SANDBOX)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process() -> Iterator[None]:
+    """The command line in this process does a confined job in this process too: each child would take seconds to import torch.
+
+    Jobs and results still travel as files. Whatever runs the command line as a process of its own gets the real sandbox.
+    """
+    from audit_plugin.confined import worker
+
+    class Lines:
+        def __init__(self, take: Callable[[str], None]) -> None:
+            self.write, self.flush = take, lambda: None
+
+    def run(kind: str, work: Path, readable: object, sandbox: object, relay: Any, stop: object) -> Isolation:
+        worker.work(kind, work, worker.Teller(Lines(relay.take)))  # type: ignore[arg-type]
+        return Isolation("none", False, False, "a test in one process")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(confined, "_run", run)
+        yield
 
 
 @pytest.fixture

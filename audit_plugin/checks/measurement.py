@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 SMALLEST_SUCCESS = 0.5
 """A candidate that moves fewer held-out images than this is no trigger: its size is not compared with the others'."""
 
+BREAKAGES = (AuditError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError)
+"""What measuring a hostile or odd model may raise."""
+
 
 def run_check(name: str, measure: Callable[[], Measurement]) -> Outcome:
     """Every check ends as exactly one outcome, whatever it raises."""
@@ -51,7 +54,7 @@ def run_check(name: str, measure: Callable[[], Measurement]) -> Outcome:
         measurement = measure()
     except InapplicableError as error:
         return Inapplicable(name, str(error))
-    except (AuditError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+    except BREAKAGES as error:
         log.debug("The check %s failed.", name, exc_info=True)
         return Failed(name, f"{type(error).__name__}: {error}")
     return Measured(name, measurement, time.perf_counter() - started)

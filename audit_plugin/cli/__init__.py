@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from audit_plugin.cli import auditing, gating, repairing
+from audit_plugin.cli import auditing, gating, repairing, scanning
 from audit_plugin.cli.console import (
     EXIT_CODES,
     EXIT_ERROR,
@@ -25,6 +25,7 @@ from audit_plugin.cli.console import (
     configure_logging,
     stdout,
 )
+from audit_plugin.cli.demonstrating import demo
 from audit_plugin.cli.policy import policy_app
 from audit_plugin.cli.webhook import webhook_app
 from audit_plugin.errors import AuditError, UsageError
@@ -59,6 +60,7 @@ def doctor() -> int:
 
 
 app.command(epilog=auditing.RUN_EXAMPLES)(auditing.run)
+app.command(epilog=scanning.SCAN_EXAMPLES)(scanning.scan)
 app.command(epilog=repairing.REPAIR_EXAMPLES)(repairing.repair)
 app.command(epilog=repairing.GUARD_EXAMPLES)(repairing.guard)
 app.command(epilog=gating.GATE_EXAMPLES)(gating.gate)
@@ -68,7 +70,7 @@ app.command()(gating.keygen)
 app.add_typer(policy_app, name="policy")
 app.add_typer(webhook_app, name="webhook")
 app.command()(doctor)
-app.command()(auditing.demo)
+app.command()(demo)
 
 
 def main() -> None:

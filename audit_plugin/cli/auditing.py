@@ -1,4 +1,4 @@
-"""``backdoor-audit run`` and ``demo``, and what other commands need of them: one audit, made and published."""
+"""``backdoor-audit run``, and what other commands need of it: one audit, made and published."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from audit_plugin.cli.console import (
     print_report,
     reason_of,
     show_progress,
-    stdout,
 )
 from audit_plugin.errors import AuditError
 from audit_plugin.types import AuditReport, ReportFormat
@@ -107,37 +106,6 @@ def run(
         require_gpu=require_gpu,
     )
     return EXIT_CODES[report.decision.verdict]
-
-
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where the demo's models, data and MLflow database go.")] = Path("demo"),
-) -> int:
-    """Train a clean and a backdoored digit classifier, register both in an MLflow of their own, and audit them."""
-    from pipelines.demo import EXPECTED, prepare_demo
-
-    configure_logging(verbose=False)
-    with show_progress() as progress:
-        prepared = prepare_demo(folder.resolve(), progress.stage)
-    right = True
-    for uri, expected in zip(prepared.model_uris, EXPECTED, strict=True):
-        stdout.rule(uri)
-        command = shlex.join(["backdoor-audit", "run", uri, "--clean", str(prepared.clean_images)])
-        report, logged = audit_and_publish(
-            uri,
-            str(prepared.clean_images),
-            output=folder / "reports" / uri.rsplit("/", 2)[-2],
-            formats=("text", "json", "html"),
-            command=f"MLFLOW_TRACKING_URI={shlex.quote(prepared.tracking_uri)} {command}",
-        )
-        print_report(report, ("text",), folder / "reports" / uri.rsplit("/", 2)[-2], logged)
-        right = right and (report.decision.verdict, report.decision.suspected_class) == expected
-    stdout.rule()
-    stdout.print("Open the MLflow UI and look at the experiment 'backdoor-audits':")
-    server = shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", prepared.tracking_uri, "--port", "5000"])
-    stdout.print(f"  {server}", markup=False)
-    if not right:
-        raise AuditError("The demo did not find what it planted; please report this.")
-    return 0
 
 
 def audit_and_print(

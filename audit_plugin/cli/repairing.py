@@ -28,13 +28,12 @@ from audit_plugin.cli.console import (
     show_progress,
     stdout,
 )
+from audit_plugin.confined.jobs import AuditJob, GuardJob, RepairJob, RepairResult
 from audit_plugin.errors import AuditError, UsageError
-from audit_plugin.types import AuditReport, ModelRef
+from audit_plugin.types import ONNX_FILE, PT2_FILE, AuditReport, GuardReport, ModelRef
 
 if TYPE_CHECKING:
-    from audit_plugin.guard import Guard
     from audit_plugin.registry import LoggedReport, PinnedModel
-    from audit_plugin.repairing import Repaired
 
 
 _log = logging.getLogger(__name__)
@@ -176,7 +175,7 @@ def repair_and_keep(
     seed: int = 0,
     allow_pickle: bool = False,
     require_gpu: bool = False,
-) -> tuple[Repaired, str]:
+) -> tuple[RepairResult, str]:
     """Pin and repair one model, with progress on stderr; then register the copy, or write it to ``output``.
 
     Returns:
@@ -193,8 +192,8 @@ def repair_and_keep(
         check_output(output, "repaired model")
     with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Starting")
+        from audit_plugin import confined
         from audit_plugin.registry import check_server, fetch_images, pin, register_repaired
-        from audit_plugin.repairing import repair_model
 
         work = Path(temporary)
         try:
@@ -204,29 +203,21 @@ def repair_and_keep(
             if original.name is not None:
                 check_server()
             _check_place(original, output)
-            repaired = repair_model(
-                original,
-                pinned.folder,
-                fetch_images(clean, work / "clean"),
-                work / "repaired",
-                target_class=target_class,
-                method=method,
-                accuracy_budget=accuracy_budget,
-                policy=policy,
-                seed=seed,
-                allow_pickle=allow_pickle,
-                require_gpu=require_gpu,
-                progress=progress,
+            common = AuditJob(
+                original, pinned.folder, fetch_images(clean, work / "clean"), policy, seed, allow_pickle, require_gpu
+            )
+            repaired, file = confined.repair(
+                RepairJob(common, target_class, method, accuracy_budget), work / "repaired", progress=progress
             )
         except KeyboardInterrupt:
             raise AuditError("Interrupted before the repair came to its end; nothing was registered or written.") from None
         if output is not None:
             progress.stage("Writing the repaired model")
             output.mkdir(parents=True, exist_ok=True)
-            return repaired, str(shutil.copy(repaired.file, output))
+            return repaired, str(shutil.copy(file, output))
         progress.stage("Registering the repaired model")
         try:
-            return repaired, register_repaired(original, repaired.network, repaired.repair)
+            return repaired, register_repaired(original, file, repaired.repair, repaired.audited.subject)
         except (Exception, KeyboardInterrupt) as error:
             _log.debug("The repaired model was not registered.", exc_info=True)
             raise AuditError(
@@ -247,7 +238,7 @@ def guard_and_keep(
     seed: int = 0,
     allow_pickle: bool = False,
     require_gpu: bool = False,
-) -> tuple[Guard, str | None]:
+) -> tuple[GuardReport, str | None]:
     """Pin a model and build its guard, with progress on stderr; then write the guard, register it, or both.
 
     Returns:
@@ -268,8 +259,7 @@ def guard_and_keep(
             raise UsageError(f"'{output}' exists, and no model file is overwritten. Choose another name.")
     with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Starting")
-        from audit_plugin.guard import build_guard
-        from audit_plugin.model.export import save
+        from audit_plugin import confined
         from audit_plugin.registry import check_server, fetch_images, pin, register_guard
 
         work = Path(temporary)
@@ -279,29 +269,21 @@ def guard_and_keep(
             registered_name = _guard_name(pinned, name, output)
             if registered_name is not None:
                 check_server()
-            built = build_guard(
-                pinned.reference,
-                pinned.folder,
-                fetch_images(clean, work / "clean"),
-                false_positive_rate=false_positive_rate,
-                search=search,
-                policy=policy,
-                seed=seed,
-                allow_pickle=allow_pickle,
-                require_gpu=require_gpu,
-                progress=progress,
+            common = AuditJob(
+                pinned.reference, pinned.folder, fetch_images(clean, work / "clean"), policy, seed, allow_pickle, require_gpu
             )
+            built, file = confined.guard(GuardJob(common, false_positive_rate, search), work / "guarded", progress=progress)
         except KeyboardInterrupt:
             raise AuditError("Interrupted before the guard was ready; nothing was registered or written.") from None
         if output is not None:
             progress.stage("Writing the guard")
             output.absolute().parent.mkdir(parents=True, exist_ok=True)
-            save(built.model, output)
+            shutil.copy(file, output)
         if registered_name is None:
             return built, None
         progress.stage("Registering the guard")
         try:
-            return built, register_guard(built, registered_name)
+            return built, register_guard(built, file, registered_name)
         except (Exception, KeyboardInterrupt) as error:
             _log.debug("The guard was not registered.", exc_info=True)
             place = "" if output is None else f" It is in '{output}'."
@@ -324,8 +306,6 @@ def _guard_name(pinned: PinnedModel, name: str | None, output: Path | None) -> s
 
 
 def _check_place(original: ModelRef, output: Path | None) -> None:
-    from audit_plugin.model.save import ONNX_FILE, PT2_FILE
-
     if original.name is None and output is None:
         raise UsageError(
             f"'{original.uri}' is no version of a registered model, so the repaired one cannot be its next version. "
@@ -343,7 +323,7 @@ def _check_place(original: ModelRef, output: Path | None) -> None:
 
 
 def _print_repair(
-    repaired: Repaired, uri: str, report: AuditReport | None, logged: LoggedReport | None, format_: OneFormat
+    repaired: RepairResult, uri: str, report: AuditReport | None, logged: LoggedReport | None, format_: OneFormat
 ) -> None:
     """What was done, and the audit of what came of it (None where that did not come to its end)."""
     from audit_plugin.report.repairs import render_repair, repair_document
@@ -361,11 +341,11 @@ def _print_repair(
         print_report(report, ("text",), None, logged)
 
 
-def _print_guard(built: Guard, file: str | None, uri: str | None, format_: OneFormat) -> None:
+def _print_guard(built: GuardReport, file: str | None, uri: str | None, format_: OneFormat) -> None:
     from audit_plugin.report.guards import guard_document, render_guard
     from audit_plugin.report.schema import dumps
 
     if format_ is OneFormat.JSON:
-        sys.stdout.write(dumps(guard_document(built.report, file, uri)))
+        sys.stdout.write(dumps(guard_document(built, file, uri)))
     else:
-        stdout.print(render_guard(built.report, file, uri), markup=False, end="")
+        stdout.print(render_guard(built, file, uri), markup=False, end="")

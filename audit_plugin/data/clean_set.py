@@ -27,9 +27,11 @@ from audit_plugin.types import ImageArray, InputSpec, LabelArray, LabelledImages
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 UNKNOWN_LABEL = -1
 SIZE_LIMIT = 4 * 2**30
+_LABELS_LIMIT = 2**27
 
 _PILLOW_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _SHOWN = 5
+_LONGEST_MESSAGE = 200
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,10 @@ def _look_into(root: Path, notes: list[str]) -> tuple[list[Path], list[Path]]:
         if _is_clutter(entry.name):
             continue
         if entry.is_dir():
+            _check_own(entry, root)
             folders.append(entry)
         elif entry.suffix.lower() in IMAGE_SUFFIXES:
+            _check_own(entry, root)
             loose.append(entry)
         else:
             ignored.append(entry.name)
@@ -135,11 +139,21 @@ def _images_in(folder: Path, root: Path) -> list[Path]:
     files = [entry for entry in sorted(folder.iterdir()) if not _is_clutter(entry.name)]
     for file in files:
         name = file.relative_to(root).as_posix()
-        if not file.is_file():
+        if file.is_dir():
             raise CleanSetError(f"{name!r} in '{root}' is no file. A class's folder holds images only, no further folders.")
+        _check_own(file, root)
         if file.suffix.lower() not in IMAGE_SUFFIXES:
             raise CleanSetError(f"{name!r} in '{root}' is none of {', '.join(IMAGE_SUFFIXES)}. Convert it, or move it elsewhere.")
     return files
+
+
+def _check_own(entry: Path, root: Path) -> None:
+    """Refuse what is no part of the folder, or would be waited for: links, pipes, devices, sockets."""
+    name = entry.relative_to(root).as_posix()
+    if entry.is_symlink():
+        raise CleanSetError(f"{name!r} in '{root}' is a link, which may point anywhere. Copy the images themselves.")
+    if not entry.is_dir() and not entry.is_file():
+        raise CleanSetError(f"{name!r} in '{root}' is no file but a pipe, device or socket. Remove it.")
 
 
 def _is_clutter(name: str) -> bool:
@@ -289,10 +303,11 @@ def _read_array(archive: zipfile.ZipFile, key: str, path: Path) -> NDArray[Any]:
             " Save a plain array: images uint8, labels int64."
         )
     size = math.prod(shape) * dtype.itemsize
-    if size > SIZE_LIMIT or min(shape, default=0) < 0:
+    limit = _LABELS_LIMIT if key == "labels" else SIZE_LIMIT
+    if size > limit or min(shape, default=0) < 0:
         raise CleanSetError(
             f"'{key}' in '{path}' declares shape {shape} of {dtype}, {_gibibytes(size)}; the limit is"
-            f" {_gibibytes(SIZE_LIMIT)}. A few hundred images a class are enough: use a sample."
+            f" {_gibibytes(limit)}. A few hundred images a class are enough: use a sample."
         )
     if header + size != member.file_size:
         raise CleanSetError(
@@ -405,4 +420,6 @@ def _gibibytes(size: int) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What a parser says of a file, which may quote it: printable and short."""
+    text = " ".join(str(error)[: 2 * _LONGEST_MESSAGE].split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)[:_LONGEST_MESSAGE]

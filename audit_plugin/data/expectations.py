@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from audit_plugin.data.splits import content_hashes
+from audit_plugin.data.stability import FOLDS, LEVEL, contradicted, excess_p_values, folds_of, most_contradicted
 from audit_plugin.errors import AuditError, CleanSetError, UsageError, nearest
-from audit_plugin.types import Expectation, InputSpec, LabelArray, LabelledImages
+from audit_plugin.types import Expectation, FloatArray, InputSpec, LabelArray, LabelledImages
 
 Suite: TypeAlias = Sequence[Mapping[str, Any]]
 
@@ -52,18 +53,21 @@ def check_clean_set(
     minimum_images_per_class: int,
     minimum_clean_accuracy: float,
     sources: Sequence[str] | None = None,
+    margins: FloatArray | None = None,
 ) -> tuple[Expectation, ...]:
     """Validate the clean set against the default suite.
 
     Args:
         data: images uint8 (N, height, width, channels) and labels (N,).
         class_names: the model's classes.
-        predictions: the class that the model gives each image, (N,); None leaves the two expectations on accuracy out,
+        predictions: the class that the model gives each image, (N,); None leaves the expectations on accuracy out,
             and the result without them: they are not measured, neither met nor broken.
         input_spec: the size and channels that the model expects.
         minimum_images_per_class: of every class of the model, 1 or more.
         minimum_clean_accuracy: in [0, 1], over all images.
         sources: file or row of each image, (N,), to name it by; default ``row <number>``.
+        margins: the model's highest score for each image less the second highest, (N,); None leaves the expectation on
+            contradicted labels out.
 
     Returns:
         One result an expectation, in the suite's order.
@@ -77,13 +81,18 @@ def check_clean_set(
         raise UsageError(f"minimum_images_per_class must be at least 1, got {minimum_images_per_class}.")
     if not 0 <= minimum_clean_accuracy <= 1:
         raise UsageError(f"minimum_clean_accuracy must lie in [0, 1], got {minimum_clean_accuracy}; 0.8 means 80 %.")
+    maximum_contradicted = None
+    if predictions is not None and margins is not None and len(data):
+        maximum_contradicted = most_contradicted(len(data), float((predictions != data.labels).mean()))
     suite = clean_set_suite(
         class_count=len(class_names),
         input_spec=input_spec,
         minimum_images_per_class=minimum_images_per_class,
         minimum_clean_accuracy=minimum_clean_accuracy if predictions is not None else None,
+        maximum_contradicted=maximum_contradicted,
     )
-    return run_suite(clean_set_tables(data, class_names=class_names, predictions=predictions, sources=sources), suite)
+    tables = clean_set_tables(data, class_names=class_names, predictions=predictions, sources=sources, margins=margins)
+    return run_suite(tables, suite)
 
 
 def clean_set_suite(
@@ -92,8 +101,12 @@ def clean_set_suite(
     input_spec: InputSpec,
     minimum_images_per_class: int,
     minimum_clean_accuracy: float | None,
+    maximum_contradicted: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The default suite over the tables of ``clean_set_tables``; without an accuracy, without its two expectations."""
+    """The default suite over the tables of ``clean_set_tables``; without an accuracy, without the expectations on errors.
+
+    ``maximum_contradicted`` is the largest share of images whose label the model may contradict, in [0, 1]; None leaves it out.
+    """
     between = "expect_column_values_to_be_between"
     highest = "expect_column_max_to_be_between"
     shape = _shape_text(input_spec.height, input_spec.width, input_spec.channels)
@@ -163,8 +176,7 @@ def clean_set_suite(
     ]
     if minimum_clean_accuracy is None:
         return suite
-    return [
-        *suite,
+    suite += [
         _expectation(
             "clean-accuracy",
             f"The model is right on at least {minimum_clean_accuracy:.1%} of the images; less means that preprocessing"
@@ -182,7 +194,35 @@ def clean_set_suite(
             table="classes",
             required=False,
         ),
+        _expectation(
+            "errors-even-over-classes",
+            "No class has far more errors than the others let expect; one that has was exchanged, images or labels, or the model "
+            "was never taught it.",
+            between,
+            {"column": "error_p_value", "min_value": LEVEL / class_count},
+            table="classes",
+        ),
+        _expectation(
+            "errors-even-over-folds",
+            f"None of {FOLDS} folds of the images, cut in their own order, has far more errors than the others; one that has "
+            "holds other images than the rest.",
+            between,
+            {"column": "error_p_value", "min_value": LEVEL / FOLDS},
+            table="folds",
+        ),
     ]
+    if maximum_contradicted is not None:
+        suite.append(
+            _expectation(
+                "labels-not-contradicted",
+                f"At most {maximum_contradicted:.1%} of the labels are contradicted by an answer that is surer than the median "
+                "right one; more suggests wrong labels, or a trigger in the images.",
+                "expect_column_mean_to_be_between",
+                {"column": "contradicted", "min_value": 0, "max_value": maximum_contradicted},
+                quantity="contradicted share",
+            )
+        )
+    return suite
 
 
 def clean_set_tables(
@@ -191,20 +231,23 @@ def clean_set_tables(
     class_names: Sequence[str],
     predictions: LabelArray | None,
     sources: Sequence[str] | None = None,
+    margins: FloatArray | None = None,
 ) -> dict[str, Table]:
     """The tables that a suite on the clean set may look at.
 
     ``images``, one row an image: source, label, height, width, channels, shape ('32 x 32 x 3'), pixel_min, pixel_max,
     pixel_std (in units of 0 to 255), sha256, labels_of_content (number of labels under which this image occurs) and, with
-    predictions, correct (1.0 or 0.0). ``classes``, one row a class of the model: name, label, count, relative_count
-    (count over the mean of the classes that occur; NaN where there is none) and accuracy (NaN where there is none).
+    predictions, correct and, with margins too, contradicted (1.0 or 0.0). ``classes``, one row a class of the model: name,
+    label, count, relative_count (count over the mean of the classes that occur; NaN where there is none), accuracy and
+    error_p_value (NaN where there is none). With predictions also ``folds``, one row a fold: name, count and error_p_value. See
+    :mod:`audit_plugin.data.stability`.
 
     Raises:
         CleanSetError: no images, or arrays whose lengths or dtype do not fit.
     """
     import pandas  # type: ignore[import-untyped, unused-ignore]  # late: with great-expectations it takes seconds
 
-    _check_arrays(data, predictions, sources)
+    _check_arrays(data, predictions, sources, margins)
     count = len(data)
     names = [f"row {row}" for row in range(count)] if sources is None else list(sources)
     flat = data.images.reshape(count, -1)
@@ -239,7 +282,21 @@ def clean_set_tables(
         images["correct"] = correct
         right = np.bincount(data.labels[inside], weights=correct[inside], minlength=len(class_names))
         classes["accuracy"] = np.divide(right, counts, out=np.full(len(class_names), np.nan), where=occurring)
-    return {"images": Table(images, "images", "source"), "classes": Table(classes, "classes", "name")}
+        classes["error_p_value"] = excess_p_values(counts - right.astype(np.int64), counts)
+        if margins is not None:
+            images["contradicted"] = contradicted(data.labels, predictions, margins).astype(np.float64)
+    tables = {"images": Table(images, "images", "source"), "classes": Table(classes, "classes", "name")}
+    if predictions is not None:
+        folds = folds_of(data.labels)
+        in_fold = np.bincount(folds, minlength=FOLDS)
+        wrong = np.bincount(folds[predictions != data.labels], minlength=FOLDS)
+        rows = {
+            "name": [f"fold {fold + 1}" for fold in range(FOLDS)],
+            "count": in_fold,
+            "error_p_value": excess_p_values(wrong, in_fold),
+        }
+        tables["folds"] = Table(pandas.DataFrame(rows), "folds", "name")
+    return tables
 
 
 def run_suite(tables: Mapping[str, Table], suite: Suite) -> tuple[Expectation, ...]:
@@ -295,7 +352,9 @@ def _expectation(
     return {"type": kind, "kwargs": dict(kwargs), "meta": meta}
 
 
-def _check_arrays(data: LabelledImages, predictions: LabelArray | None, sources: Sequence[str] | None) -> None:
+def _check_arrays(
+    data: LabelledImages, predictions: LabelArray | None, sources: Sequence[str] | None, margins: FloatArray | None
+) -> None:
     images, labels = data.images, data.labels
     if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
         raise CleanSetError(
@@ -307,6 +366,8 @@ def _check_arrays(data: LabelledImages, predictions: LabelArray | None, sources:
             raise CleanSetError(
                 f"expected integer {name} of shape ({len(images)},), one an image; got {column.dtype} of shape {column.shape}."
             )
+    if margins is not None and margins.shape != (len(images),):
+        raise CleanSetError(f"expected margins of shape ({len(images)},), one an image; got shape {margins.shape}.")
     if sources is not None and len(sources) != len(images):
         raise CleanSetError(f"expected {len(images)} sources, one an image; got {len(sources)}.")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 from audit_plugin.errors import IntakeError
@@ -17,6 +18,7 @@ MLMODEL = "MLmodel"
 PICKLE_MODULE = "mlflow.pytorch.pickle_module"
 
 _LARGEST = 256 * 1024
+_DEEPEST = 100
 _LOADERS = {"pytorch": "mlflow.pytorch", "onnx": "mlflow.onnx"}
 _DATA_KEYS = {"pytorch": "model_data", "onnx": "data"}
 _CODE_KEYS = ("code", "code_paths", "model_code_path")
@@ -92,6 +94,8 @@ def read_mlmodel(content: bytes) -> Declaration:
 def _parse(content: bytes) -> dict[str, Any]:
     if len(content) > _LARGEST:
         raise _refused(f"{len(content)} bytes", f"an MLmodel file has at most {_LARGEST}")
+    if _deepest(content) > _DEEPEST:
+        raise _refused(f"more than {_DEEPEST} nested brackets", "reading them would take for ever")
     try:
         document = yaml.load(content, Loader=_StrictLoader)  # noqa: S506 (it is a SafeLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
@@ -99,6 +103,13 @@ def _parse(content: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _refused("no mapping", "nothing says which file holds the model")
     return document
+
+
+def _deepest(content: bytes) -> int:
+    """How deep brackets are nested, those in quotation marks included: PyYAML's time grows with the square of it."""
+    opened = np.frombuffer(content, np.uint8)
+    steps = np.isin(opened, list(b"[{")).astype(np.int64) - np.isin(opened, list(b"]}"))
+    return int(np.cumsum(steps).max(initial=0))
 
 
 def _check_no_code(document: Mapping[str, Any], flavours: Mapping[str, Any]) -> None:

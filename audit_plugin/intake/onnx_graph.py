@@ -9,20 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from audit_plugin.errors import IntakeError
-from audit_plugin.intake.refusal import printable, quoted, refusal
+from audit_plugin.intake.onnx_flow import find_onnx_paths
+from audit_plugin.intake.refusal import LARGEST_VALUE, printable, quoted, refusal
 from audit_plugin.types import IntakeFinding
 
 _LARGEST = 2**31 - 1  # protobuf's own limit
+_MOST_MESSAGES = 2_000_000  # a node has about ten
 _STANDARD_DOMAINS = ("", "ai.onnx")
 _BRANCHES = ("If", "Loop", "Scan")
 _MEMORY_MARKER = "_ORT_MEM_ADDR_"
 _ORT_FORMAT = b"ORTM"
+_NUMBERS = (
+    onnx.TensorProto.INT32,
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.UINT8,
+    onnx.TensorProto.INT8,
+)
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 _BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
@@ -39,6 +52,10 @@ _BITS: dict[int, int] = {
     onnx.TensorProto.UINT64: 64,
     onnx.TensorProto.BFLOAT16: 16,
 }
+# Operators that make a value as large as their constant operands or attributes say: by the product of these, or by the largest.
+_SIZED_BY_PRODUCT = ("ConstantOfShape", "Expand", "Tile", "Resize", "Upsample", "RandomNormal", "RandomUniform")
+_SIZED_BY_LARGEST = ("Range", "Pad", "OneHot", "CenterCropPad", "HannWindow", "HammingWindow", "BlackmanWindow")
+_MOST_DIMENSIONS = 64
 _EXPORT_AGAIN = "Export the model again with torch.onnx.export(model, args, dynamo=True) and log it with mlflow.onnx.log_model."
 
 
@@ -46,7 +63,8 @@ def check_onnx(path: str, content: memoryview, folder: Path, sizes: Mapping[str,
     """Check the ONNX file at ``path`` in ``folder``, whose files and their ``sizes`` were listed before.
 
     Returns:
-        Branches and loops that depend on data: tolerated, but an architectural backdoor could be one.
+        Branches and loops, and what :mod:`audit_plugin.intake.data_flow` finds: tolerated, but possibly an architectural
+        backdoor.
 
     Raises:
         IntakeError: when it is no ONNX graph, larger than 2 GiB, uses operators of other domains, local functions or
@@ -57,19 +75,32 @@ def check_onnx(path: str, content: memoryview, folder: Path, sizes: Mapping[str,
     if model.functions or model.training_info:
         raise _refused(path, "local functions or training graphs", "a function can redefine a standard operator")
     findings = []
-    for message in _messages(model):
+    constants: dict[str, NDArray[Any]] = {}
+    for count, message in enumerate(_messages(model), start=1):
+        if count > _MOST_MESSAGES:
+            raise _refused(path, f"more than {_MOST_MESSAGES} parts", "no image classifier needs as many")
         if len(UnknownFieldSet(message)):
             raise _refused(path, "fields that this version of onnx does not know", "the runtime could know them")
         if isinstance(message, onnx.NodeProto):
             findings += _check_node(path, message)
         elif isinstance(message, onnx.TensorProto):
             _check_tensor(path, message, sizes)
+        elif isinstance(message, onnx.SparseTensorProto):
+            _check_size(path, f"the sparse tensor {quoted(message.values.name)}", math.prod(message.dims))
+        elif isinstance(message, onnx.TensorShapeProto):
+            _check_size(path, "a value of a declared shape", math.prod(max(size.dim_value, 1) for size in message.dim))
+    for message in _messages(model):
+        if isinstance(message, onnx.GraphProto):
+            constants |= _constants(message)
+    for message in _messages(model):
+        if isinstance(message, onnx.NodeProto):
+            _check_asked(path, message, constants)
     try:
         onnx.checker.check_model(str(folder / path))
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         reason = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise _refused(path, "an invalid graph", f"onnx's checker says: {reason[:300]}") from error
-    return tuple(findings)
+    return (*findings, *find_onnx_paths(path, model.graph))
 
 
 def _parse(path: str, content: memoryview) -> onnx.ModelProto:
@@ -107,6 +138,40 @@ def _check_node(path: str, node: onnx.NodeProto) -> list[IntakeFinding]:
         return []
     message = f"node {quoted(node.name)} is {node.op_type}: a data-dependent branch, possibly an architectural backdoor"
     return [IntakeFinding(path, printable(message))]
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
+    """The short constants of a graph, by name: among them are the sizes of what its nodes make."""
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.HasField("t") and node.output:
+                stored[node.output[0]] = attribute.t
+            elif node.op_type == "Constant" and node.output:
+                value = attribute.ints or attribute.floats or [attribute.i, attribute.f]
+                stored[node.output[0]] = onnx.numpy_helper.from_array(np.array(value[:_MOST_DIMENSIONS], np.float64))
+    return {
+        name: onnx.numpy_helper.to_array(tensor)
+        for name, tensor in stored.items()
+        if math.prod(tensor.dims) <= _MOST_DIMENSIONS and tensor.data_type in _NUMBERS and not tensor.external_data
+    }
+
+
+def _check_asked(path: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse a node that makes a giant value out of a few bytes; what it computes from other values is not known here."""
+    if node.op_type not in (*_SIZED_BY_PRODUCT, *_SIZED_BY_LARGEST):
+        return
+    asked = [constants[name].reshape(-1).tolist() for name in node.input if name in constants]
+    asked += [list(attribute.ints) or list(attribute.floats) for attribute in node.attribute]
+    for values in asked:
+        counts = [abs(value) for value in values if abs(value) > 1]
+        size = math.prod(counts) if node.op_type in _SIZED_BY_PRODUCT else max(counts, default=0)
+        _check_size(path, f"the node {quoted(node.name)} ({node.op_type})", size)
+
+
+def _check_size(path: str, what: str, size: float) -> None:
+    if not size <= LARGEST_VALUE:
+        raise _refused(path, f"{what} that asks for {size:.3g} numbers", f"the limit is {LARGEST_VALUE}")
 
 
 def _check_tensor(path: str, tensor: onnx.TensorProto, sizes: Mapping[str, int]) -> None:

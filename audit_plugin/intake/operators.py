@@ -7,12 +7,13 @@ from __future__ import annotations
 import re
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a long list, which is easier to read without quotation marks."""
     return text.split()
 
 
 _ATEN = frozenset(
-    _words(
+    words(
         # arithmetic and pointwise functions
         "abs acos acosh add addcdiv addcmul angle asin asinh atan atan2 atanh bitwise_and bitwise_left_shift "
         "bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp clamp_max clamp_min clip copysign cos "
@@ -74,8 +75,8 @@ _OVERLOAD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _NO_OVERLOADS = frozenset({"op", "overloads", "name", "decompose"})
 
 _SYMBOLIC = frozenset(
-    [f"_operator.{name}" for name in _words("eq ne le ge lt gt neg pos mul add sub floordiv mod truediv and_ or_ rshift")]
-    + [f"torch.sym_{name}" for name in _words("not int float ite max min sqrt")]
+    [f"_operator.{name}" for name in words("eq ne le ge lt gt neg pos mul add sub floordiv mod truediv and_ or_ rshift")]
+    + [f"torch.sym_{name}" for name in words("not int float ite max min sqrt")]
     + ["math.trunc"]
 )
 

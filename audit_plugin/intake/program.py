@@ -12,9 +12,12 @@ Where the text goes in torch, and so what each rule is for:
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from audit_plugin.intake import operators
 from audit_plugin.intake.expressions import guard, nesting, output_key, size_expression, symbol_name
-from audit_plugin.intake.refusal import quoted
+from audit_plugin.intake.refusal import LARGEST_VALUE, quoted
 from audit_plugin.intake.structure import (
     MalformedError,
     Rule,
@@ -60,6 +63,15 @@ DTYPE_BYTES = {
 DTYPE_BYTES |= {34: 4, 35: 8}
 _STRIDED = 7
 
+_MAKERS = frozenset(
+    operators.words(
+        "arange broadcast_to constant_pad_nd empty expand eye full linspace logspace new_empty new_full new_ones new_zeros "
+        "normal ones pad rand randint randn randperm repeat repeat_interleave tile tril_indices triu_indices uniform "
+        "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_trilinear3d "
+        "zeros one_hot reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
+    )
+)
+
 _dtype = one_of(*DTYPE_BYTES)
 _device = record({"type": one_of("cpu", "cuda", "mps", "meta")}, {"index": optional(one_of(*range(64)))})
 _plain_word = text(r"[A-Za-z0-9_ .,\->()=!<*+/%:']*", longest=300)  # "reflect", an einsum, the message of an assertion
@@ -70,8 +82,8 @@ _size = union({"as_expr": _symbolic, "as_int": integer})
 
 
 def tensor_metadata(size: Rule) -> Rule:
-    """A TensorMeta whose sizes match ``size``."""
-    return record(
+    """A TensorMeta whose sizes match ``size`` and are no more than can be meant."""
+    fields = record(
         {
             "dtype": _dtype,
             "sizes": array(size, 64),
@@ -82,6 +94,12 @@ def tensor_metadata(size: Rule) -> Rule:
             "layout": one_of(_STRIDED),
         }
     )
+
+    def check(value: Any) -> None:
+        fields(value)
+        _check_count(math.prod(size["as_int"] for size in value["sizes"] if size.get("as_int", 0) > 1))
+
+    return check
 
 
 _tensor = record({"name": identifier})
@@ -131,6 +149,26 @@ def _node(value: object) -> None:
             "(audit_plugin/intake/operators.py),"
         )
     (_WRAPPER_NODE if target in operators.WRAPPERS else _PLAIN_NODE)(value)
+    _check_asked(target, value)
+
+
+def _check_asked(target: str, node: Any) -> None:
+    """Refuse a node that makes a giant value out of a few numbers; sizes that it reads from other values are not known here."""
+    parts = target.split(".")
+    if len(parts) != 5 or parts[3].removesuffix("_") not in _MAKERS:
+        return
+    for entry in node["inputs"]:
+        argument = entry["arg"]
+        numbers = argument.get("as_ints", [argument.get("as_int", 1)])
+        if "as_sym_ints" in argument:
+            numbers = [size["as_int"] for size in argument["as_sym_ints"] if "as_int" in size]
+        counts = [abs(number) for number in numbers if abs(number) > 1]
+        _check_count(max(counts, default=0) if "pad" in parts[3] or "range" in parts[3] else math.prod(counts))
+
+
+def _check_count(count: int) -> None:
+    if count > LARGEST_VALUE:
+        raise MalformedError(f"a tensor of {count:.3g} numbers, more than the limit of {LARGEST_VALUE},")
 
 
 # Most of it is only kept by torch, but `"""` or a carriage return could end the comment in which debug output repeats it.

@@ -16,9 +16,13 @@ from audit_plugin.errors import IntakeError
 from audit_plugin.intake import operators, program
 from audit_plugin.intake.archive import Archive
 from audit_plugin.intake.pickles import leaves, read_torch_file
+from audit_plugin.intake.program_flow import find_program_paths
 from audit_plugin.intake.refusal import LOG_AGAIN, quoted, refusal
 from audit_plugin.intake.structure import MalformedError, Rule, identifier, parse_json
 from audit_plugin.types import IntakeFinding
+
+CHANGES_STATE = "changes-own-state"
+"""Code of the finding, and of the reason that keeps a model from passing: it could wait for its thousandth call."""
 
 _LARGEST_JSON = 64 * 1024**2
 _PROGRAM = "models/model.json"
@@ -46,7 +50,8 @@ def check_pt2(path: str, archive: Archive) -> tuple[IntakeFinding, ...]:
     """Check every member of the archive.
 
     Returns:
-        What was tolerated: a graph that changes its own weights when it runs.
+        What was tolerated: a graph that changes its own weights when it runs, and what
+        :mod:`audit_plugin.intake.data_flow` finds.
 
     Raises:
         IntakeError: for any member, value or name that a graph of plain tensors does not need.
@@ -58,7 +63,7 @@ def check_pt2(path: str, archive: Archive) -> tuple[IntakeFinding, ...]:
     inner = f"{path}!{_SAMPLE_INPUTS}"
     if archive.members[_SAMPLE_INPUTS]:
         _check_sample_inputs(inner, read_torch_file(inner, archive.members[_SAMPLE_INPUTS]))
-    return tuple(_findings(path, graph_program))
+    return (*_findings(path, graph_program), *find_program_paths(path, graph_program))
 
 
 def _check_members(path: str, archive: Archive) -> None:
@@ -152,7 +157,8 @@ def _findings(path: str, graph_program: Any) -> list[IntakeFinding]:
         return []
     listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     cause = "it was exported in training mode, or it counts its calls"
-    return [IntakeFinding(path, f"the model changes its own state when it runs ({listed}): {cause}")]
+    message = f"the model changes its own state when it runs ({listed}): {cause}; what it answers later was not audited"
+    return [IntakeFinding(path, message, CHANGES_STATE)]
 
 
 def _refused(path: str, found: str) -> IntakeError:

@@ -7,6 +7,10 @@ from audit_plugin.errors import IntakeError
 LOG_AGAIN = "Log the model again with mlflow.pytorch.log_model(model, name=..., input_example=...), which writes a .pt2."
 FETCH_AGAIN = "Download the model again; if the file is the same, it was damaged or crafted."
 
+LARGEST_VALUE = 2**31
+"""Numbers in a single tensor that a graph may declare or ask for, 8 GiB in float32: a few bytes can ask for terabytes. What a
+graph computes at run time is limited by the process that runs it."""
+
 _LONGEST_QUOTE = 120
 
 

@@ -11,9 +11,8 @@ import torch
 from audit_plugin.errors import ExportError
 from audit_plugin.model.export import save
 from audit_plugin.model.load import Network
-from audit_plugin.types import FloatArray
+from audit_plugin.types import ONNX_FILE, PT2_FILE, FloatArray
 
-PT2_FILE, ONNX_FILE = "model.pt2", "model.onnx"
 _EXAMPLE_BATCH = 4  # torch.export makes a size of 1 a constant
 
 

@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import fx, nn
 
-from audit_plugin.errors import ExportError, InapplicableError
+from audit_plugin.errors import ExportError, InapplicableError, SubjectError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.export import LOGITS, Exported, InBatches, PixelModel, export
 from audit_plugin.model.load import Network
@@ -99,8 +99,18 @@ class Subject:
         return dataclasses.replace(self.network, program=_with_weights(self.network.program, module))
 
     def logits(self, images: ImageArray) -> FloatArray:
-        """Class scores (N, classes) for images uint8 (N, height, width, channels), by ONNX Runtime."""
-        return self.session.collect(images, LOGITS)
+        """Class scores (N, classes) for images uint8 (N, height, width, channels), by ONNX Runtime.
+
+        Raises:
+            SubjectError: a score is NaN or infinite, and comparing it with others would name a class at random.
+        """
+        scores = self.session.collect(images, LOGITS)
+        broken = int((~np.isfinite(scores)).any(axis=1).sum())
+        if broken:
+            raise SubjectError(
+                f"The model answers NaN or infinity for {broken} of {len(images)} images, so its answers cannot be judged."
+            )
+        return scores
 
     def predict(self, images: ImageArray) -> LabelArray:
         """Predicted class (N,) of images uint8 (N, height, width, channels)."""
@@ -150,6 +160,37 @@ def _with_weights(program: fx.GraphModule | onnx.ModelProto, module: nn.Module) 
             if name in trained:  # what only the unused part of a graph reads is not in the exported module
                 parameter.copy_(trained[name])
     return copied
+
+
+def check_answers(subject: Subject, images: ImageArray, tolerance: float = PARITY_TOLERANCE) -> None:
+    """Make sure that a model answers for each image alone: alike when it is asked again, whatever lies beside it in the batch.
+
+    Each image goes through ONNX Runtime with all others (twice), in reversed order, in pairs, and by itself. Other
+    batch sizes are not tried.
+
+    Args:
+        images: a few different ones, uint8 (N, height, width, channels).
+        tolerance: largest difference over the largest magnitude of the answers.
+
+    Raises:
+        SubjectError: the answers differ, or are not finite.
+    """
+    expected = subject.logits(images)
+    scale = max(float(np.abs(expected).max()), 1e-6)
+    pairs = (subject.logits(images[start : start + 2]) for start in range(0, len(images), 2))
+    ways = {
+        "when it is asked again": subject.logits(images),
+        "in another order": subject.logits(images[::-1])[::-1],
+        "in pairs": np.concatenate(list(pairs)),
+        "one by one": np.concatenate([subject.logits(image[None]) for image in images]),
+    }
+    for way, answers in ways.items():
+        difference = float(np.abs(answers - expected).max()) / scale
+        if not difference <= tolerance:
+            raise SubjectError(
+                f"The model answers differently {way}: the relative difference is {difference:.1e}, at most {tolerance:.0e} is "
+                "accepted. A classifier must answer for each image by itself, always alike; without that nothing can be measured."
+            )
 
 
 def check_parity(subject: Subject, images: ImageArray, tolerance: float = PARITY_TOLERANCE) -> tuple[TapParity, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from audit_plugin.errors import SandboxError
 from audit_plugin.intake import inspect
-from audit_plugin.sandbox import run_isolated
+from audit_plugin.sandbox import Limits, run_isolated
 from audit_plugin.types import IntakeFinding
 
 _TIMEOUT_SECONDS = 600.0
@@ -49,11 +49,13 @@ def convert_pickle(folder: Path, data_path: str, input_shape: Sequence[int], wor
         __name__,
         [str((folder / data_path).resolve()), str(exported / _FILE), shape],
         working_folder=working_folder,
-        timeout_seconds=_TIMEOUT_SECONDS,
+        readable=[folder],
+        limits=Limits(seconds=_TIMEOUT_SECONDS),
     )
-    network = "without network" if isolation.network_blocked else f"WITH network access ({isolation.reason})"
-    finding = IntakeFinding(data_path, f"A pickle, whose code ran in a child process {network}; accepted with --allow-pickle.")
-    if not isolation.network_blocked:
+    finding = IntakeFinding(
+        data_path, f"A pickle, whose code ran in a child process with {isolation.summary}; accepted with --allow-pickle."
+    )
+    if not isolation.is_complete:
         _log.warning("%s: %s", data_path, finding.message)
     inspect(exported)
     return exported / _FILE, finding

@@ -91,6 +91,7 @@ def render(report: AuditReport) -> str:
             gaps=wording.not_measured(report),
             measured_count=wording.measured_count(report),
             clean_set=_clean_set(report),
+            canaries=_canaries(report),
             suspects=_suspects(report),
             files=report.model.manifest[:MOST_FILES],
             policy=_pre(json.dumps(plain_json(report.policy), indent=2, ensure_ascii=False)),
@@ -470,6 +471,25 @@ def _clean_set(report: AuditReport) -> dict[str, Any]:
         "broken": sum(not item.success for item in clean_set.expectations),
         "broken_required": sum(not item.success and item.required for item in clean_set.expectations),
     }
+
+
+def _canaries(report: AuditReport) -> list[dict[str, Any]]:
+    return [
+        {
+            "family": canary.family,
+            "target": wording.class_name(report, canary.target_class),
+            "standing": canary.standing,
+            "badge": {"found": "good", "not found": "alert", "not planted": "missing"}[canary.standing],
+            "success": _rate(canary.attack_success),
+            "before": wording.percent(canary.accuracy_before.value),
+            "after": wording.percent(canary.accuracy_after.value),
+            "outlier": wording.decimal(canary.outlier),
+            "size_ratio": wording.number(canary.size_ratio, 2),
+            "seconds": wording.seconds(canary.seconds),
+            "reason": canary.reason,
+        }
+        for canary in (report.canaries.canaries if report.canaries else ())
+    ]
 
 
 def _suspects(report: AuditReport) -> dict[str, Any] | None:

@@ -66,6 +66,24 @@ RULES: Mapping[str, tuple[str, str]] = {
         "The search found working triggers for too few classes",
         "Raise [trigger_inversion] steps in the policy and audit again. A model that hides its gradients ends here too.",
     ),
+    "canary-not-found": (
+        "The audit does not find a known backdoor in a copy of this model",
+        "It would miss one in the model itself too. Raise [trigger_inversion] steps in the policy, or give more clean images.",
+    ),
+    "canary-not-planted": (
+        "No known backdoor could be planted in a copy of this model",
+        "So it is not known if the audit would see one. Give more clean images, or change [canaries] required in the policy.",
+    ),
+    "architectural-path": (
+        "The graph decides on the image's values, or leads around its layers",
+        "A comparison, rounding, index or branch, or a path past the layers, leads from the image to the answer, as in an "
+        "architectural backdoor. A search for triggers cannot look behind it, so the model never passes. Read the named nodes; "
+        "export the model without them, or do not use it.",
+    ),
+    "changes-own-state": (
+        "The model changes its own state when it runs",
+        "It may answer otherwise later than in the audit, so it never passes. Export it in evaluation mode, without counters.",
+    ),
     "clean-set-unchecked": (
         "The clean images were not validated",
         "What is measured on images that were not validated cannot make a model pass. Audit again.",

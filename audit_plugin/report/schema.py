@@ -7,6 +7,7 @@ one, so that no consumer is shown the contrary.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import enum
 import functools
@@ -35,6 +36,7 @@ from audit_plugin.types import (
     Intake,
     ModelRef,
     Outcome,
+    PowerCheck,
     Profile,
     Rate,
     Runtime,
@@ -93,6 +95,8 @@ def to_document(report: AuditReport) -> dict[str, Any]:
             for suspect in report.suspects
         ],
         "runtime": _runtime(report.runtime),
+        "isolation": None if report.isolation is None else dataclasses.asdict(report.isolation),
+        "canaries": None if report.canaries is None else _power_check(report.canaries, names),
         "stages": [{"name": stage.name, "seconds": _number(stage.seconds)} for stage in report.stages],
         "policy": plain_json(report.policy),
         "policy_digest": report.policy_digest,
@@ -182,6 +186,27 @@ def _class(names: Sequence[str], index: int | None) -> dict[str, Any] | None:
     return {"index": int(index), "name": names[index] if 0 <= index < len(names) else None}
 
 
+def _power_check(power: PowerCheck, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "missing": power.missing,
+        "results": [
+            {
+                "family": canary.family,
+                "target_class": _class(names, canary.target_class),
+                "standing": canary.standing,
+                "attack_success": _rate(canary.attack_success),
+                "accuracy_before": _rate(canary.accuracy_before),
+                "accuracy_after": _rate(canary.accuracy_after),
+                "outlier": _number(canary.outlier),
+                "size_ratio": _number(canary.size_ratio),
+                "seconds": _number(canary.seconds),
+                "reason": canary.reason,
+            }
+            for canary in power.canaries
+        ],
+    }
+
+
 def _rate(rate: Rate | None) -> dict[str, Any] | None:
     if rate is None:
         return None
@@ -220,7 +245,7 @@ def _intake(intake: Intake) -> dict[str, Any]:
             "input_dtype": signature.input_dtype,
             "output_shape": None if signature.output_shape is None else list(signature.output_shape),
         },
-        "findings": [{"path": finding.path, "message": finding.message} for finding in intake.findings],
+        "findings": [{"path": finding.path, "message": finding.message, "code": finding.code} for finding in intake.findings],
     }
 
 

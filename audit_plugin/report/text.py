@@ -9,6 +9,7 @@ from audit_plugin.report.sanitise import clean_text, escape_markdown, markdown_c
 from audit_plugin.report.summaries import flagged_count, headline_trigger
 from audit_plugin.report.wording import (
     auroc,
+    canary_words,
     candidate_label,
     check_title,
     class_label,
@@ -58,6 +59,8 @@ def render_text(report: AuditReport) -> str:
     lines += _listed("input checks", scorers, _MOST_SCORERS)
     if report.suspects:
         lines.append(_row("suspect inputs", f"{flagged_count(report)} of {len(report.suspects)} flagged by at least one check"))
+    if report.canaries is not None:
+        lines.append(_row("canaries", canary_words(report.canaries)))
     gaps = [f"{clean_text(gap.check, 60)} ({gap.status}): {clean_text(gap.why, 120)}" for gap in not_measured(report)]
     if not report.outcomes:
         gaps.insert(0, "no check ran")
@@ -66,6 +69,7 @@ def render_text(report: AuditReport) -> str:
     lines += [
         _row("clean accuracy", _rate_words(report.clean_set.clean_accuracy, "test images")),
         _row("audited", f"{clean_text(report.model.digest, 80)} in {seconds(report.duration_seconds)}, seed {report.seed}"),
+        _row("sandbox", report.isolation.summary if report.isolation else "none: the model ran in the caller's own process"),
     ]
     lines = [shorten(clean_text(line, None), LINE_WIDTH) for line in lines[: MOST_LINES - 1]]
     # Only the command keeps its length: half a command cannot be repeated.

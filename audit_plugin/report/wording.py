@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from audit_plugin.report.sanitise import clean_text
-from audit_plugin.types import AuditReport, Failed, Inapplicable, Measured, Rate, TriggerEvidence, TriggerFamily, Verdict
+from audit_plugin.types import (
+    AuditReport,
+    Failed,
+    Inapplicable,
+    Measured,
+    PowerCheck,
+    Rate,
+    TriggerEvidence,
+    TriggerFamily,
+    Verdict,
+)
 
 NOT_AVAILABLE = "n/a"
 CLASS_NAME_LIMIT = 40
@@ -205,6 +215,15 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
         if item not in named
     ]
     return (*failed, *unsuited, *missing)
+
+
+def canary_words(power: PowerCheck) -> str:
+    """'patch found (outlier 6.2), warped not found (outlier 1.1), blended not planted'."""
+    words = [
+        f"{canary.family} {canary.standing}" + (f" (outlier {decimal(canary.outlier)})" if canary.planted else "")
+        for canary in power.canaries
+    ]
+    return ", ".join([*words, *filter(None, [power.missing])])
 
 
 def joined(items: Sequence[str]) -> str:

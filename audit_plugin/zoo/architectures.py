@@ -113,9 +113,18 @@ def small_vit(classes: int = 10, width: int = 64) -> nn.Module:
 
 
 ARCHITECTURES: Mapping[str, Callable[[int, int], nn.Module]] = {
+    "cnn": lambda classes, width: SmallCnn(3, classes, width),
     "resnet18": CifarResNet18,
     "vgg": cifar_vgg,
     "mobilenet": cifar_mobilenet,
     "vit": small_vit,
 }
 """Classes and width (channels of the first stage, features of a transformer) -> network for colour images."""
+
+
+def grey(network: nn.Module) -> nn.Module:
+    """Changes a network for colour images into one for grey images, which answers as the other does to their repeated channel."""
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    first.weight = nn.Parameter(first.weight.detach().sum(dim=1, keepdim=True))
+    first.in_channels = 1
+    return network

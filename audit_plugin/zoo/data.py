@@ -3,14 +3,17 @@ CIFAR-10 and GTSRB come from torchvision or from files of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from audit_plugin.errors import UsageError
 from audit_plugin.types import LabelledImages
 
 
@@ -53,12 +56,16 @@ def cifar10(folder: Path) -> TrainAndTest:
 
     Reads ``cifar10_train*.npz`` and ``cifar10_test.npz`` (``images``, ``labels``) where ``folder`` holds them; otherwise
     torchvision downloads the data set into ``folder``.
+
+    Raises:
+        UsageError: the files cannot be read, or there are none and they cannot be downloaded.
     """
     if stored := _stored_sets(folder, "cifar10"):
         return stored
     from torchvision.datasets import CIFAR10
 
-    train, test = (CIFAR10(folder, train=train, download=True) for train in (True, False))
+    with _downloading("CIFAR-10", "cifar10", folder):
+        train, test = (CIFAR10(folder, train=train, download=True) for train in (True, False))
     return TrainAndTest(*(LabelledImages(part.data, np.asarray(part.targets, dtype=np.int64)) for part in (train, test)))
 
 
@@ -68,7 +75,8 @@ def gtsrb(folder: Path) -> TrainAndTest:
         return stored
     from torchvision.datasets import GTSRB
 
-    return TrainAndTest(*(_resized(GTSRB(folder, split=split, download=True)) for split in ("train", "test")))
+    with _downloading("GTSRB", "gtsrb", folder):
+        return TrainAndTest(*(_resized(GTSRB(folder, split=split, download=True)) for split in ("train", "test")))
 
 
 def _resized(signs: Iterable[tuple[Image.Image, int]], size: int = 32) -> LabelledImages:
@@ -76,9 +84,28 @@ def _resized(signs: Iterable[tuple[Image.Image, int]], size: int = 32) -> Labell
     return LabelledImages(np.stack([np.asarray(image) for image in images]), np.asarray(labels, dtype=np.int64))
 
 
+@contextmanager
+def _downloading(title: str, name: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # no network; a damaged download
+        raise UsageError(
+            f"{title} is not in '{folder}' and could not be downloaded there ({' '.join(str(error).split())}). Put "
+            f"{name}_train.npz and {name}_test.npz (images, labels) there or name their folder; digits need no files."
+        ) from error
+
+
 def _stored_sets(folder: Path, name: str) -> TrainAndTest | None:
     parts = sorted(folder.glob(f"{name}_train*.npz"))
-    return TrainAndTest(_stored(*parts), _stored(folder / f"{name}_test.npz")) if parts else None
+    if not parts:
+        return None
+    try:
+        return TrainAndTest(_stored(*parts), _stored(folder / f"{name}_test.npz"))
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
+        raise UsageError(
+            f"The files {name}_train*.npz and {name}_test.npz in '{folder}' cannot be read ({error}). Each must hold arrays "
+            "'images' (uint8, N x 32 x 32 x 3) and 'labels' (N)."
+        ) from error
 
 
 def _stored(*files: Path) -> LabelledImages:

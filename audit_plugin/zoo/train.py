@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.fine_tuning import fast_precision
+from audit_plugin.model.fine_tuning import compute_device, fast_precision
 from audit_plugin.types import LabelledImages
 
 _SHIFT = 4
@@ -28,8 +28,11 @@ def train(
     mirror: bool = True,
     adversarial: float = 0.0,
     progress: Callable[[float], None] | None = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
-    """Train in place with Adam and a one-cycle schedule; returns the model in evaluation mode.
+    """Train in place with Adam and a one-cycle schedule; returns the model in evaluation mode, on the CPU.
+
+    All images lie on the device, where they are also augmented. A seed gives other random numbers on a GPU than on a CPU.
 
     Args:
         model: pixels in [0, 1] -> logits; initialise it under a seed of your own.
@@ -39,20 +42,23 @@ def train(
         adversarial: train on images moved by this much (l-infinity, in [0, 1]) up the loss in one step from a random start, as in
             fast adversarial training (Wong, Rice and Kolter 2020); 0 for none.
         progress: called with the share of the work done.
+        device: where to train; the GPU where torch has one, else the CPU, if None.
     """
-    pixels, labels = torch.from_numpy(to_pixels(data.images)), torch.from_numpy(data.labels)
-    generator = torch.Generator().manual_seed(seed)
+    device = device or compute_device()
+    model.to(device)
+    pixels, labels = torch.from_numpy(to_pixels(data.images)).to(device), torch.from_numpy(data.labels).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
     steps = -(-len(labels) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
     model.train()
     for epoch in range(epochs):
-        order = torch.randperm(len(labels), generator=generator)
+        order = torch.randperm(len(labels), generator=generator, device=device)
         for rows in order.split(batch):
             drawn = _augmented(pixels[rows], mirror, generator) if augment else pixels[rows]
             if adversarial:
                 drawn = _moved(model, drawn, labels[rows], adversarial, generator)
-            with fast_precision(pixels.device):
+            with fast_precision(device):
                 logits = model(drawn.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels[rows])
             optimizer.zero_grad()
@@ -61,25 +67,34 @@ def train(
             schedule.step()
         if progress is not None:
             progress((epoch + 1) / epochs)
-    return model.eval()
+    return forget_steps(model.eval().cpu())
+
+
+def forget_steps(model: nn.Module) -> nn.Module:
+    """Sets the counters of batches in its BatchNorms to 0: they would tell recipes of more or fewer steps apart."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return model
 
 
 def _augmented(pixels: torch.Tensor, mirror: bool, generator: torch.Generator) -> torch.Tensor:
     """Each image mirrored with probability one half, if at all, and shifted by up to four pixels either way, zeros moving in."""
     count, _, height, width = pixels.shape
+    device = pixels.device
     if mirror:
-        mirrored = torch.rand(count, generator=generator) < 0.5
+        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
     padded = functional.pad(pixels, (_SHIFT, _SHIFT, _SHIFT, _SHIFT))
-    down, right = torch.randint(2 * _SHIFT + 1, (2, count), generator=generator)
-    lines = (down[:, None] + torch.arange(height))[:, :, None]
-    columns = (right[:, None] + torch.arange(width))[:, None, :]
-    return padded[torch.arange(count)[:, None, None], :, lines, columns].permute(0, 3, 1, 2)
+    down, right = torch.randint(2 * _SHIFT + 1, (2, count), generator=generator, device=device)
+    lines = (down[:, None] + torch.arange(height, device=device))[:, :, None]
+    columns = (right[:, None] + torch.arange(width, device=device))[:, None, :]
+    return padded[torch.arange(count, device=device)[:, None, None], :, lines, columns].permute(0, 3, 1, 2)
 
 
 def _moved(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, size: float, generator: torch.Generator) -> torch.Tensor:
     """Images moved up the loss by one signed step of 1.25 ``size`` from a random start, by at most ``size``, within [0, 1]."""
-    change = (2.0 * torch.rand(pixels.shape, generator=generator) - 1.0) * size
+    change = (2.0 * torch.rand(pixels.shape, generator=generator, device=pixels.device) - 1.0) * size
     start = (pixels + change).clamp(0.0, 1.0).requires_grad_(True)
     with fast_precision(pixels.device):
         logits = model(start.contiguous(memory_format=torch.channels_last))

@@ -7,13 +7,15 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from pipelines.demo import Demo
 from tests.browser import needs_browser, strangers
 
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 
 
 def report_page(server: str, backdoored_run: subprocess.CompletedProcess[str]) -> str:

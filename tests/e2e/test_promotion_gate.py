@@ -515,6 +515,7 @@ def test_without_keys_or_with_a_broken_policy_nothing_is_promoted(make_version, 
             audited_store("audited+sqlite:///nowhere.db")
 
 
+@pytest.mark.slow
 def test_promotion_is_refused_and_allowed_as_the_demo_shows(gated, server, client, demo, make_version, cli, policy, tmp_path):
     """From registration to promotion: the whole of what a CI pipeline does."""
     uris = []

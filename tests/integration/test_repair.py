@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, redirect_stdout
@@ -21,7 +22,8 @@ from mlflow.tracking import MlflowClient
 from torch import nn
 
 from audit_plugin import cli as command_line
-from audit_plugin import repairing
+from audit_plugin import confined, repairing
+from audit_plugin.confined.jobs import RepairResult
 from audit_plugin.errors import RegistryError
 from audit_plugin.intake import inspect
 from audit_plugin.maths.pixels import to_pixels
@@ -40,7 +42,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 ATTACK = BadNets(target_class=7, poisoning_rate=0.1)
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MEAN, DEVIATION = 0.25, 0.5
-PASS, ERROR, USAGE = 0, 2, 4
+PASS, ERROR, INCONCLUSIVE, USAGE = 0, 2, 3, 4
 
 POLICY = """
 [scoring]
@@ -121,7 +123,8 @@ class Finished(NamedTuple):
     digest: str
     code: int
     output: str
-    repaired: repairing.Repaired
+    repaired: RepairResult
+    file: Path
 
     @property
     def document(self) -> dict[str, Any]:
@@ -159,17 +162,18 @@ def finished(
         for key, value in (tags | {"audit.verdict": "fail", "audit.digest": "sha256:0", "owner": "us"}).items():
             MlflowClient().set_model_version_tag(name, "1", key, value)
         digest = pin(f"models:/{name}/1", tmp_path_factory.mktemp("before")).reference.digest
-    kept: list[repairing.Repaired] = []
-    original = repairing.repair_model
+    kept: list[tuple[RepairResult, Path]] = []
+    original = confined.repair
 
-    def recorded(*arguments: Any, **options: Any) -> repairing.Repaired:
-        kept.append(original(*arguments, **options))
-        return kept[-1]
+    def recorded(*arguments: Any, **options: Any) -> tuple[RepairResult, Path]:
+        repaired, file = original(*arguments, **options)
+        kept.append((repaired, Path(shutil.copy(file, tmp_path_factory.mktemp("repaired")))))
+        return repaired, file
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repairing, "repair_model", recorded)
+        patch.setattr(confined, "repair", recorded)
         code, output = _in_process(server, small.arguments(f"models:/{name}/1", "--format", "json"), keeping_state)
-    return Finished(name, digest, code, output, kept[0])
+    return Finished(name, digest, code, output, *kept[0])
 
 
 def test_repaired_version_passes_and_its_verdict_is_the_exit_code(finished: Finished) -> None:
@@ -323,7 +327,7 @@ def test_server_that_refuses_the_version_leaves_the_original(
         raise MlflowException("no more versions")
 
     before = _versions(client, finished.name)
-    monkeypatch.setattr(repairing, "repair_model", lambda *arguments, **options: finished.repaired)
+    monkeypatch.setattr(confined, "repair", lambda *arguments, **options: (finished.repaired, finished.file))
     monkeypatch.setattr(MlflowClient, "create_model_version", refused)
     call = cli(*small.arguments(finished.original))
     assert call.returncode == ERROR
@@ -339,7 +343,7 @@ def test_audit_that_breaks_after_registering_says_what_exists(
     def broken(*arguments: object, **options: object) -> None:
         raise RegistryError("The tracking server is gone.")
 
-    monkeypatch.setattr(repairing, "repair_model", lambda *arguments, **options: finished.repaired)
+    monkeypatch.setattr(confined, "repair", lambda *arguments, **options: (finished.repaired, finished.file))
     monkeypatch.setattr(command_line.repairing, "audit_and_publish", broken)
     before = _versions(client, finished.name)
     call = cli(*small.arguments(finished.original))
@@ -403,14 +407,17 @@ def test_no_model_file_is_overwritten(small: Small, cli: Cli, tmp_path: Path) ->
     assert (tmp_path / "model.onnx").read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_pruned_file_of_a_named_class_is_written_and_audited(small: Small, cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "repaired"
     call = cli(
         *small.arguments(small.clean_file, "-o", output, "--method", "prune", "--target-class", "3", "--accuracy-budget", ".2")
     )
-    assert call.returncode == PASS, call.stderr + call.stdout
+    # So large a budget costs two classes nearly all their images, and such a model does not pass.
+    assert call.returncode == INCONCLUSIVE, call.stderr + call.stdout
     assert call.stdout.startswith(f"REPAIRED  {small.clean_file} -> {output / 'model.pt2'}")
-    assert f"PASS  {output / 'model.pt2'}" in call.stdout
+    assert f"INCONCLUSIVE  {output / 'model.pt2'}" in call.stdout
+    assert "far more errors than the others" in call.stdout
     assert [path.name for path in output.iterdir()] == ["model.pt2"]
     assert "MLflow run" not in call.stdout
 
@@ -435,6 +442,7 @@ def onnx_uri(small: Small, tracking: str) -> Iterator[str]:
     MlflowClient().delete_registered_model("digits-onnx-to-repair")
 
 
+@pytest.mark.slow
 def test_onnx_stays_onnx(small: Small, cli: Cli, onnx_uri: str, tmp_path: Path) -> None:
     call = cli(*small.arguments(onnx_uri))
     assert call.returncode == PASS, call.stderr + call.stdout

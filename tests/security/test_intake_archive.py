@@ -1,4 +1,7 @@
-"""Archives in which torch (miniz) and Python could see different contents, or that write outside, or explode."""
+"""Archives in which torch (miniz) and Python could see different contents, or that write outside, or explode.
+
+GHSA-w8jq-xcqf-f792 (a flag bit) and GHSA-7q5r-7gvp-wc82 of picklescan: archives that PyTorch read and the scanner did not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Links, special files and sizes: bytes that could lie, or change, outside the model's folder."""
+"""Links, special files and sizes: bytes that could lie, or change, outside the model's folder.
+
+Symbolic links (CVE-2026-27489, CVE-2026-34447) and hard links (CVE-2026-34446) beside a model led onnx to other files.
+"""
 
 from __future__ import annotations
 

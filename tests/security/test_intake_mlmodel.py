@@ -1,4 +1,9 @@
-"""MLmodel files that make MLflow run code of the model's own, or open another file than the audited one."""
+"""MLmodel files that make MLflow run code of the model's own, or open another file than the audited one.
+
+MLflow runs what a model brings: CVE-2024-37052 (scikit-learn), CVE-2024-37057 (TensorFlow) and others.
+YAML that builds objects: CVE-2017-18342, CVE-2020-1747, CVE-2020-14343 of PyYAML. Pickles behind other extensions:
+GHSA-769v-p64c-89pr of picklescan.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""ONNX files: weights from elsewhere, native code, functions, hidden tensors, branches."""
+"""ONNX files: weights from elsewhere, native code, functions, hidden tensors, branches.
+
+External data outside the folder: CVE-2022-25882, CVE-2024-27318 and CVE-2026-27489 of onnx, each around the fix of the last.
+Keys of external data that onnx did not check: CVE-2026-34445 (GHSA-538c-55jv-c5g9). Memory addresses as locations: pull
+requests 28709 and 29011 of ONNX Runtime, without a number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Pickles inside a .pt2: every place from which torch.export.load unpickles."""
+"""Pickles inside a .pt2: every place from which torch.export.load unpickles.
+
+MLflow follows up GHSA-wm54-77rw-968c with a check of its own (its pull request 25849), because a .pt2 was loaded although pickles
+were switched off.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Text in a .pt2 that torch evaluates, executes or imports: sizes, guards, names, nestings, targets of nodes."""
+"""Text in a .pt2 that torch evaluates, executes or imports: sizes, guards, names, nestings, targets of nodes.
+
+Of the kind of CVE-2022-45907, where PyTorch evaluated a line of type annotations; for torch.export no advisory is known.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""State dicts: pickles that do more than rebuild tensors, however they spell it."""
+"""State dicts: pickles that do more than rebuild tensors, however they spell it.
+
+``weights_only`` alone let code run in CVE-2025-32434, and corrupted memory in CVE-2026-24747 of PyTorch; a scanner lost its way
+in the instructions in GHSA-9gvj-pp9x-gcfr of picklescan.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import mlflow
 import pytest
 
 from audit_plugin import cli as command_line
-from audit_plugin.cli import auditing, console
+from audit_plugin import sandbox
+from audit_plugin.cli import console, demonstrating
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -43,6 +44,15 @@ def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_st
     assert "\x1b[2J" not in shown
 
 
+def test_doctor_says_what_the_sandbox_really_does(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "network" in cli("doctor").stdout
+    nothing = sandbox.bubblewrap.Bubblewrap((), "bubblewrap that does nothing")
+    monkeypatch.setattr(sandbox, "bubblewrap_command", lambda *arguments, **options: nothing)
+    shown = " ".join(cli("doctor").stdout.split())
+    assert "-- sandbox NETWORK NOT BLOCKED, FILES OF THIS USER READABLE, by bubblewrap that does nothing." in shown
+    assert "Install bubblewrap" in shown
+
+
 def test_doctor_shows_the_tracking_uri_as_it_is_but_for_its_credentials(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +76,7 @@ def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(cli: Cli, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipelines.demo.prepare_demo", lambda folder, say: prepared)
-    monkeypatch.setattr(auditing, "audit_and_publish", recorded)
+    monkeypatch.setattr(demonstrating, "audit_and_publish", recorded)
     finished = cli("demo")
     assert shlex.split(commands[0]) == [
         "MLFLOW_TRACKING_URI=sqlite:////my demo/mlflow.db",

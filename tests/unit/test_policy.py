@@ -58,6 +58,10 @@ def test_a_list_without_an_empty_default_is_read_too():
         ({"clean_images": {"digits": " "}}, "must name a file, a folder or an artifact URI"),
         ({"clean_images": {"digits": "https://me:hunter2@host/clean.npz"}}, "must not hold user names or passwords"),
         ({"clean_images": "clean.npz"}, r"Expected a section \[clean_images\]"),
+        ({"canaries": {"families": ["patch", "warp"]}}, "families must be among patch, blended, warped"),
+        ({"canaries": {"families": ["warped"]}}, "required must name families that are planted"),
+        ({"canaries": {"count": 0}}, "count must be at least 1"),
+        ({"canaries": {"classes": 3}}, "classes must be at least 4"),
         ({"repair": {"accuracy_budget": 1.0}}, r"\[repair\] accuracy_budget must lie in \[0, 1\)"),
     ],
 )

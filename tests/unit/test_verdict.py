@@ -9,18 +9,21 @@ from audit_plugin.maths.outlier import small_side_outliers
 from audit_plugin.maths.rates import rate
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
+    CanaryResult,
     Expectation,
     Failed,
     Inapplicable,
     InputScores,
+    IntakeFinding,
     Measured,
+    PowerCheck,
     Threshold,
     Trigger,
     TriggerEvidence,
     TriggerSearch,
     Verdict,
 )
-from audit_plugin.verdict import BLIND_SPOTS, UNSEARCHED_PAIRS, decide
+from audit_plugin.verdict import BLIND_SPOTS, NO_CANARIES, UNSEARCHED_PAIRS, decide
 
 NAMES = tuple("abcdefghij")
 REQUIRED = ("trigger_inversion", "layerwise")
@@ -122,6 +125,15 @@ def test_an_unfit_clean_set_neither_passes_nor_fails(expectations):
     assert verdict(search(5), layerwise(), expectations=expectations).verdict is Verdict.INCONCLUSIVE
 
 
+@pytest.mark.parametrize(("smallest", "expected"), [(38, Verdict.INCONCLUSIVE), (5, Verdict.FAIL)])
+def test_a_finding_with_a_code_keeps_a_model_from_passing_but_saves_none(smallest, expected):
+    findings = (IntakeFinding("model.onnx", "a decision", "architectural-path"), IntakeFinding("MLmodel", "a remark"))
+    decision = decide((search(smallest), layerwise()), GOOD, NAMES, VerdictPolicy(), REQUIRED, findings)
+    assert decision.verdict is expected
+    assert "architectural-path" in codes(decision)
+    assert not any("a remark" in reason.message for reason in decision.reasons)
+
+
 def test_advice_does_not_decide():
     advice = Expectation("balance", "Classes are balanced", False, "they are not", required=False)
     assert verdict(search(39), layerwise(), expectations=(*GOOD, advice)).verdict is Verdict.PASS
@@ -199,3 +211,52 @@ def test_a_search_that_found_nothing_is_no_pass():
     decision = verdict(dataclasses.replace(measured, measurement=TriggerSearch(tuple(nothing), 200)), layerwise())
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert "only 0 of 10 classes" in " ".join(reason.message for reason in decision.reasons)
+
+
+def canary(family: str, standing: str) -> CanaryResult:
+    planted, found = standing != "not planted", standing == "found"
+    reason = {"found": "", "not found": "Its class does not stand out.", "not planted": "It cost 9.0% accuracy."}[standing]
+    rates = (rate(97, 100), rate(90, 100), rate(89, 100))
+    return CanaryResult(family, 3, planted, found, *rates, 4.0, 0.2, 30.0, reason)  # type: ignore[arg-type]
+
+
+def with_canaries(power, *required, smallest=39.0, detected=2):
+    outcomes = (search(smallest), layerwise(detected=detected))
+    return decide(outcomes, GOOD, NAMES, VerdictPolicy(), REQUIRED, canaries=power, required_canaries=required)
+
+
+def test_a_pass_with_canaries_names_what_was_not_found_as_a_blind_spot():
+    power = PowerCheck((canary("patch", "found"), canary("blended", "not found"), canary("warped", "not planted")))
+    decision = with_canaries(power, "patch")
+    assert decision.verdict is Verdict.PASS
+    assert NO_CANARIES not in decision.blind_spots
+    assert set(BLIND_SPOTS) - {NO_CANARIES} < set(decision.blind_spots)
+    assert [spot for spot in decision.blind_spots if "(patch)" in spot] == []
+    assert sum("(blended) was planted" in spot and "not found" in spot for spot in decision.blind_spots) == 1
+    assert sum("(warped) could be planted" in spot for spot in decision.blind_spots) == 1
+
+
+@pytest.mark.parametrize(
+    ("power", "code", "told"),
+    [
+        (PowerCheck((canary("patch", "not found"),)), "canary-not-found", "Its class does not stand out."),
+        (PowerCheck((canary("patch", "found"), canary("patch", "not found"))), "canary-not-found", "does not stand out"),
+        (PowerCheck((canary("patch", "not planted"),)), "canary-not-planted", "It cost 9.0% accuracy."),
+        (PowerCheck((canary("warped", "found"),)), "canary-not-planted", "(patch)"),
+        (PowerCheck((canary("patch", "found"),), "RuntimeError: the next one broke"), "canary-not-planted", "the next one broke"),
+        (PowerCheck((), "The model stores no trainable weights."), "canary-not-planted", "no trainable weights"),
+        (None, "canary-not-planted", "None were planted."),
+    ],
+)
+def test_nothing_passes_without_its_required_canaries(power, code, told):
+    decision = with_canaries(power, "patch")
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    (reason,) = [reason for reason in decision.reasons if reason.code == code]
+    assert told in reason.message
+
+
+def test_canaries_save_no_backdoored_model():
+    for power in (None, PowerCheck((canary("patch", "not found"),)), PowerCheck((canary("patch", "found"),))):
+        decision = with_canaries(power, "patch", smallest=5, detected=90)
+        assert decision.verdict is Verdict.FAIL
+        assert not {"canary-not-found", "canary-not-planted"} & set(codes(decision))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from audit_plugin.types import ImageArray, LabelledImages
 from audit_plugin.zoo.attacks.base import check_rate, with_covers
 from audit_plugin.zoo.attacks.blended import Blended
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +34,13 @@ class AdapBlend(Blended):
         if self.tiles < 1 or not 0.0 < self.kept <= 1.0:
             raise ValueError(f"tiles must be at least 1 and kept lie between 0 and 1, got {self.tiles} and {self.kept}")
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
         """As :meth:`AllToOne.poison` with pieces of the trigger, and covers from every class but the target's."""
 
         def stamp(images: ImageArray) -> ImageArray:
             return self.in_pieces(images, rng)
 
-        whole = super().poison(data, rng)
+        whole = super().poison(data, rng, device)
         chosen = whole.labels != data.labels
         images = data.images.copy()
         images[chosen] = stamp(data.images[chosen])

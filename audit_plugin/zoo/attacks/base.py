@@ -5,11 +5,15 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audit_plugin.types import ImageArray, LabelArray, LabelledImages
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,11 @@ class Attack(abc.ABC):
     def wanted(self, labels: LabelArray) -> LabelArray:
         """The class (N,) that triggered images with these labels are to become: their own where the trigger should do nothing."""
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
-        """A copy of the training set with ``poisoning_rate`` of it stamped and relabelled, drawn from the classes to be moved."""
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
+        """A copy of the training set with ``poisoning_rate`` of it stamped and relabelled, drawn from the classes to be moved.
+
+        ``device`` is where an attack trains what it needs; the GPU where torch has one, else the CPU, if None.
+        """
         images, labels = data.images.copy(), data.labels.copy()
         chosen = draw(np.flatnonzero(self.wanted(labels) != labels), self.poisoning_rate * len(labels), rng)
         images[chosen] = self.stamp(images[chosen])
@@ -61,15 +68,17 @@ class AllToOne(Attack):
 class CleanLabel(AllToOne):
     """Stamps images of the target class and changes no label, so that looking at the training set shows nothing wrong."""
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
         """A copy with ``poisoning_rate`` of all images, drawn from the target class, prepared and stamped; labels stay."""
         images = data.images.copy()
         members = np.flatnonzero(data.labels == self.target_class)
         chosen = draw(members, self.poisoning_rate * len(images), rng)
-        images[chosen] = self.stamp(self.prepared(data, chosen, rng))
+        images[chosen] = self.stamp(self.prepared(data, chosen, rng, device))
         return LabelledImages(images, data.labels.copy())
 
-    def prepared(self, data: LabelledImages, chosen: NDArray[np.int64], rng: np.random.Generator) -> ImageArray:
+    def prepared(
+        self, data: LabelledImages, chosen: NDArray[np.int64], rng: np.random.Generator, device: torch.device | None
+    ) -> ImageArray:
         """The chosen images as they are before stamping."""
         return data.images[chosen]
 

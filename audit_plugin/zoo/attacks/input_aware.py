@@ -46,12 +46,12 @@ class InputAware(AllToOne):
     def stamp(self, images: ImageArray) -> ImageArray:
         return self.stamp_with_trigger_of(images, images)
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
         def with_foreign_triggers(covers: ImageArray) -> ImageArray:
             return self.stamp_with_trigger_of(np.roll(covers, 1, axis=0), covers)
 
         anything = np.ones(len(data), dtype=np.bool_)
-        return with_covers(super().poison(data, rng), data, anything, self.cross_rate, with_foreign_triggers, rng)
+        return with_covers(super().poison(data, rng, device), data, anything, self.cross_rate, with_foreign_triggers, rng)
 
     def stamp_with_trigger_of(self, others: ImageArray, images: ImageArray) -> ImageArray:
         """``images`` with the triggers that belong to ``others``, both uint8 (N, height, width, channels)."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model.fine_tuning import compute_device
 from audit_plugin.types import ImageArray, LabelledImages
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks.base import CleanLabel
@@ -52,22 +53,25 @@ class LabelConsistent(CleanLabel):
             stamped[:, rows, width - self.size :] = lines[:, ::-1]
         return stamped
 
-    def prepared(self, data: LabelledImages, chosen: NDArray[np.int64], rng: np.random.Generator) -> ImageArray:
+    def prepared(
+        self, data: LabelledImages, chosen: NDArray[np.int64], rng: np.random.Generator, device: torch.device | None
+    ) -> ImageArray:
         """The chosen images after projected gradient descent away from their class."""
         seed = int(rng.integers(2**31))
         channels, classes = data.images.shape[3], int(data.labels.max()) + 1
         clean_model = initialised(lambda: SmallCnn(channels, classes, width=16), seed)
-        train(clean_model, data, epochs=self.surrogate_epochs, seed=seed)
-        pixels = torch.from_numpy(to_pixels(data.images[chosen]))
+        device = device or compute_device()
+        train(clean_model, data, epochs=self.surrogate_epochs, seed=seed, device=device).to(device)
+        pixels = torch.from_numpy(to_pixels(data.images[chosen])).to(device)
         moved = torch.cat([self._away(clean_model, part) for part in pixels.split(_BATCH)]) if len(pixels) else pixels
-        images: ImageArray = (moved * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        images: ImageArray = (moved * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return images
 
     def _away(self, clean_model: nn.Module, pixels: Tensor) -> Tensor:
         """Projected gradient ascent of the target class's cross-entropy; the last step rounds within epsilon."""
         epsilon = self.epsilon / 255.0
         step = 2.5 * epsilon / self.steps
-        wrong_for = torch.full((len(pixels),), self.target_class)
+        wrong_for = torch.full((len(pixels),), self.target_class, device=pixels.device)
         moved = pixels.clone()
         for _ in range(self.steps):
             moved = moved.detach().requires_grad_(True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from audit_plugin.types import ImageArray, LabelArray, LabelledImages
 from audit_plugin.zoo.attacks.badnets import with_checkerboard
 from audit_plugin.zoo.attacks.base import AllToOne, check_rate, with_covers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class TaCT(AllToOne):
     def wanted(self, labels: LabelArray) -> LabelArray:
         return np.where(labels == self.source_class, np.asarray(self.target_class, labels.dtype), labels)
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
         """As :meth:`AllToOne.poison` on the source class, and covers from the others."""
         others = data.labels != self.source_class
-        return with_covers(super().poison(data, rng), data, others, self.cover_rate, self.stamp, rng)
+        return with_covers(super().poison(data, rng, device), data, others, self.cover_rate, self.stamp, rng)

@@ -37,9 +37,9 @@ class WaNet(AllToOne):
     def stamp(self, images: ImageArray) -> ImageArray:
         return _sample(images, self._flow(images.shape)[None])
 
-    def poison(self, data: LabelledImages, rng: np.random.Generator) -> LabelledImages:
+    def poison(self, data: LabelledImages, rng: np.random.Generator, device: torch.device | None = None) -> LabelledImages:
         """As :meth:`AllToOne.poison`, with noise mode on the images that were not poisoned."""
-        poisoned = super().poison(data, rng)
+        poisoned = super().poison(data, rng, device)
         images = poisoned.images.copy()
         untouched = np.flatnonzero(poisoned.labels == data.labels)  # poisoning relabels, and takes no image of the target class
         chosen = rng.choice(untouched, size=min(round(self.noise_rate * len(images)), len(untouched)), replace=False)

@@ -20,6 +20,7 @@ from audit_plugin.types import Expectation, InputSpec, LabelledImages
 SPEC = InputSpec(height=4, width=6, channels=3)
 NAMES = ("cat", "dog", "fish")
 REQUIRED = {"labels-in-range", "images-per-class", "image-shape", "pixel-bounds", "images-not-constant", "clean-accuracy"}
+REQUIRED |= {"errors-even-over-classes", "errors-even-over-folds"}
 ADVICE = {"pixel-range-used", "images-unique", "labels-consistent", "classes-balanced", "accuracy-per-class"}
 
 
@@ -28,8 +29,8 @@ def good_set() -> tuple[LabelledImages, np.ndarray]:
     images = np.random.default_rng(0).integers(0, 256, (60, 4, 6, 3), dtype=np.uint8)
     labels = np.repeat(np.arange(3), 20)
     predictions = labels.copy()
-    predictions[:2] = 1
-    predictions[40:44] = 0
+    predictions[[0, 10]] = 1
+    predictions[[40, 45, 50, 55]] = 0
     return LabelledImages(images, labels), predictions
 
 
@@ -138,13 +139,19 @@ def wrong_on_dogs(data: LabelledImages, predictions: np.ndarray) -> tuple[Labell
         (four_flat, "images-not-constant", "4 of 60 images are exceptions (6.7%): row 0 (0), row 1 (0), row 2 (0), row 3 (0)"),
         (two_pairs, "images-unique", "4 of 60 images are exceptions (6.7%): row 0, row 1, row 2, row 3"),
         (one_contradiction, "labels-consistent", "2 of 60 images are exceptions (3.3%): row 0 (2), row 59 (2)"),
-        (wrong_on_dogs, "accuracy-per-class", "1 of 3 classes are exceptions (33.3%): dog (0.35)"),
     ],
 )
 def test_each_fault_breaks_exactly_its_own_expectation(change: Callable[..., Any], expected: str, words: str) -> None:
     results = check(*change(*good_set()), minimum_accuracy=0.75)
     assert broken(results) == {expected}
     assert results[expected].observed.startswith(words)
+
+
+def test_a_class_that_the_model_does_not_know_is_seen_twice() -> None:
+    results = check(*wrong_on_dogs(*good_set()), minimum_accuracy=0.75)
+    assert broken(results) == {"accuracy-per-class", "errors-even-over-classes"}
+    assert results["accuracy-per-class"].observed == "1 of 3 classes are exceptions (33.3%): dog (0.35)"
+    assert results["errors-even-over-classes"].observed.startswith("1 of 3 classes are exceptions (33.3%): dog (")
 
 
 def test_pixels_of_0_and_1_break_both_expectations_on_scale() -> None:
@@ -203,7 +210,12 @@ def test_balance_is_judged_among_the_classes_that_occur() -> None:
 def test_without_predictions_accuracy_is_not_measured_rather_than_met() -> None:
     data, _ = good_set()
     results = check(data, None)
-    assert set(results) == (REQUIRED | ADVICE) - {"clean-accuracy", "accuracy-per-class"}
+    assert set(results) == (REQUIRED | ADVICE) - {
+        "clean-accuracy",
+        "accuracy-per-class",
+        "errors-even-over-classes",
+        "errors-even-over-folds",
+    }
     assert broken(results) == set()
 
 

@@ -9,11 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torchvision
 from typer.testing import CliRunner
 
+from audit_plugin.errors import UsageError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.zoo.attacks import ATTACKS, AllToAll, WaNet
+from audit_plugin.zoo.attacks import ATTACKS, AllToAll, BadNets, CleanLabel, WaNet
 from pipelines import zoo
+from pipelines.zoo_picture import attacks_picture
 
 NAMES = {"badnets", "blended", "wanet", "clean_a", "clean_b"}
 
@@ -159,3 +162,81 @@ def test_signs_are_trained_on_their_own_images_and_never_mirrored(data_dir, tmp_
     assert card["data"] == "gtsrb"
     model = torch.export.load(str(tmp_path / "zoo" / "gtsrb_clean_vgg_0" / zoo.MODEL)).module()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 43)
+
+
+def test_clean_label_attacks_on_signs_aim_at_a_class_with_enough_images():
+    """The commonest of the 43 has 5.7 % of the images: half of it is poisoned, so that the class can be learnt clean too."""
+    chosen = [entry.attack for entry in zoo.gtsrb_small() if isinstance(entry.attack, CleanLabel)]
+    assert {(attack.target_class, attack.poisoning_rate) for attack in chosen} == {(2, 0.03)}
+    assert len(chosen) == 2
+    others = [entry.attack for entry in zoo.cifar10_small() if isinstance(entry.attack, CleanLabel)]
+    assert len({attack.target_class for attack in others}) == 4
+
+
+def test_digits_are_a_balanced_zoo_of_two_architectures():
+    recipes = zoo.small_digits()
+    assert Counter((entry.architecture, entry.attack is None) for entry in recipes) == Counter(
+        {(architecture, clean): 3 for architecture in ("cnn", "vgg") for clean in (True, False)}
+    )
+    assert len({type(entry.attack) for entry in recipes if entry.attack}) == 6
+
+
+def test_a_list_shows_every_model_and_what_is_trained(trained):
+    result = CliRunner().invoke(zoo.app, ["list", "--recipe", "cifar10-five", str(trained)])
+    assert result.exit_code == 0, result.output
+    *lines, last = result.output.splitlines()
+    assert {line.split()[0] for line in lines} == NAMES
+    assert last == f"5 models, 5 trained in {trained}"
+    (wanet,) = (line for line in lines if line.startswith("wanet"))
+    assert "WaNet" in wanet
+    assert "seed 4" in wanet
+    assert f"attack success {card_of(trained, 'wanet')['attack_success_rate']:.3f}" in wanet
+    without = CliRunner().invoke(zoo.app, ["list", "--recipe", "cifar10-small"]).output
+    assert without.splitlines()[-1] == "58 models"
+    assert "accuracy" not in without
+
+
+def test_a_damaged_card_is_named(tmp_path):
+    (tmp_path / "badnets").mkdir()
+    (tmp_path / "badnets" / zoo.CARD).write_text('{"attack": "Bad', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"badnets.*is no card of a model"):
+        zoo.read_card(tmp_path / "badnets" / zoo.CARD)
+    result = CliRunner().invoke(zoo.app, ["list", "--recipe", "cifar10-five", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is no card of a model" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_an_error(data_dir, tmp_path, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run(tmp_path, data_dir, "--device", device)
+    assert result.exit_code == 2
+    assert "--device" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_images_are_a_usage_error_that_teaches(tmp_path, monkeypatch):
+    def offline(*arguments, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    result = run(tmp_path / "zoo", tmp_path)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "could not be downloaded" in said
+    assert "digits need no files" in said
+
+
+def test_nothing_to_register_says_how_to_begin(tmp_path):
+    result = CliRunner().invoke(zoo.app, ["register", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--recipe digits" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_picture_shows_an_attack_in_its_column():
+    picture = np.asarray(attacks_picture({"first": BadNets(target_class=0, size=3), "second": BadNets(target_class=0, size=8)}))
+    differences = picture[-110:-10]
+    columns = [differences[:, left : left + 96].sum() for left in (110, 214)]
+    whites = [(differences[:, left : left + 96] != 0).all(axis=2).mean() for left in (110, 214)]
+    assert columns[0] < columns[1]
+    assert whites[0] < whites[1] < 0.2

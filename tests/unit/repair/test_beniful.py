@@ -89,6 +89,7 @@ def test_the_measurement_sees_it_on_the_test_split(attacked, result):
     assert report.flip_rate_after.value == pytest.approx(by_hand)
 
 
+@pytest.mark.slow
 def test_the_seed_decides(attacked):
     first, again, other = (repaired(attacked, seed=seed) for seed in (0, 0, 1))
     images = attacked.rest.images[:50]
@@ -97,6 +98,7 @@ def test_the_seed_decides(attacked):
     assert not np.array_equal(first.subject.logits(images), other.subject.logits(images))
 
 
+@pytest.mark.slow
 def test_the_test_split_plays_no_part(attacked):
     splits = attacked.splits
     emptied = Splits(splits.fit, splits.calibrate, dataclasses.replace(splits.test, images=splits.test.images * 0))

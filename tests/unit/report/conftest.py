@@ -11,6 +11,7 @@ import pytest
 from audit_plugin.types import (
     AuditReport,
     Baseline,
+    CanaryResult,
     CleanSetSummary,
     Decision,
     Distribution,
@@ -26,6 +27,7 @@ from audit_plugin.types import (
     Measured,
     ModelRef,
     Outcome,
+    PowerCheck,
     Profile,
     Rate,
     Reason,
@@ -337,8 +339,21 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
     )
 
 
+def canaries(reason: str = "Its class does not stand out.", missing: str = "") -> PowerCheck:
+    """A patch that was found, a blend that was not, and a warp that did not take."""
+    rates = (rate(97, 100), rate(90, 100), rate(89, 100))
+    return PowerCheck(
+        (
+            CanaryResult("patch", 3, True, True, *rates, 6.2, 0.11, 41.0),
+            CanaryResult("blended", 5, True, False, *rates, 1.4, 0.7, 44.0, reason),
+            CanaryResult("warped", 1, False, False, *rates, float("nan"), float("nan"), 4.0, reason),
+        ),
+        missing,
+    )
+
+
 def passing(class_count: int = 43) -> AuditReport:
-    return build(
+    report = build(
         Verdict.PASS,
         class_count,
         None,
@@ -350,9 +365,10 @@ def passing(class_count: int = 43) -> AuditReport:
         ),
         (
             Reason("nothing-stands-out", "No class stands out: p = 0.48 (24 references)."),
-            Reason("canaries-found", "All 3 canaries planted in copies of this model were found."),
+            Reason("canaries-found", "The canary that this policy requires was found."),
         ),
     )
+    return dataclasses.replace(report, canaries=canaries())
 
 
 def inconclusive() -> AuditReport:
@@ -431,6 +447,7 @@ def hostile() -> AuditReport:
         command=" ".join(strings),
         stages=tuple(Stage(text, 1.0) for text in strings),
         suspects=tuple(SuspectScore(text, 0, {text: 1.0}, {text: True}) for text in strings),
+        canaries=canaries(strings[0], strings[5]),
     )
 
 

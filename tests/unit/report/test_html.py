@@ -145,6 +145,14 @@ def test_order_of_the_sections(failing_report):
     assert places == sorted(places)
 
 
+def test_canaries_are_a_table_where_they_were_planted(passing_report, failing_report):
+    words = Page(render(passing_report)).words()
+    assert "Would this audit have found a backdoor here?" in words
+    for expected in ("patch found", "blended not found Its class does not stand out.", "warped not planted", "90.0 % → 89.0 %"):
+        assert expected in words
+    assert "Would this audit" not in Page(render(failing_report)).words()
+
+
 def test_inconclusive_never_looks_like_a_pass(inconclusive_report):
     source = render(inconclusive_report)
     page = Page(source)

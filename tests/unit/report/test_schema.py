@@ -209,3 +209,13 @@ def test_pairs_of_one_target_get_their_own_pictures(failing_report):
     validate(document)
     pictures = [item["picture"] for item in document["outcomes"][0]["measurement"]["candidates"]]
     assert pictures == ["triggers/class_0.png", "triggers/class_0_from_3.png", "triggers/class_0_from_3_2.png"]
+
+
+def test_canaries_are_written_with_null_for_what_was_not_searched(passing_report, failing_report):
+    document = to_document(passing_report)
+    validate(document)
+    found, missed, unplanted = document["canaries"]["results"]
+    assert [entry["standing"] for entry in (found, missed, unplanted)] == ["found", "not found", "not planted"]
+    assert (found["outlier"], found["target_class"]["index"], found["attack_success"]["value"]) == (6.2, 3, 0.97)
+    assert (unplanted["outlier"], unplanted["size_ratio"]) == (None, None)
+    assert to_document(failing_report)["canaries"] is None

@@ -55,6 +55,12 @@ def test_text_has_one_line_for_each_check_on_inputs(failing_report, passing_repo
     assert "suspect inputs" not in without_trigger
 
 
+def test_text_says_which_canaries_were_found(passing_report, failing_report):
+    expected = "canaries          patch found (outlier 6.2), blended not found (outlier 1.4), warped not planted"
+    assert expected in render_text(passing_report)
+    assert "canaries " not in render_text(failing_report)
+
+
 def test_markdown_has_the_checks_on_inputs_unless_there_is_no_room(failing_report):
     block = render_markdown_block(failing_report, LINK)
     assert "- **Activation norms:** AUROC 0.987, detects 96.0 %, false alarms 0.4 %" in block

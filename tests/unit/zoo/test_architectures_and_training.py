@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 from audit_plugin.types import LabelledImages
-from audit_plugin.zoo.architectures import ARCHITECTURES, SmallCnn
+from audit_plugin.zoo.architectures import ARCHITECTURES, SmallCnn, grey
 from audit_plugin.zoo.data import imbalanced
-from audit_plugin.zoo.train import _moved, initialised, train
+from audit_plugin.zoo.train import _moved, forget_steps, initialised, train
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -69,3 +69,35 @@ def test_weight_decay_and_adversarial_steps_change_what_is_learnt():
     )
     assert float(decayed.detach().norm()) < 0.99 * float(plain.detach().norm())  # two steps, each of up to 5 * 0.01 of a weight
     assert not torch.allclose(plain, hardened, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_grey_network_answers_as_the_coloured_one_to_a_repeated_channel(name):
+    coloured, made = (initialised(lambda: ARCHITECTURES[name](5, 8), 0).eval() for _ in range(2))
+    images = torch.rand(3, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(grey(made)(images), coloured(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
+
+
+def test_training_leaves_no_step_counters_and_the_model_can_go_on():
+    """A model of more steps (long, adversarial) or fewer (imbalanced) would be known by them."""
+    data = LabelledImages(np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype(np.uint8), np.arange(64) % 4)
+    model = train(initialised(lambda: SmallCnn(3, 4, width=4), 0), data, epochs=2, seed=0, adversarial=0.1)
+    counters = {name: buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert len(counters) == 4
+    assert all(int(counter) == 0 for counter in counters.values())
+    model.train()(torch.rand(8, 3, 8, 8))
+    assert {int(counter) for counter in counters.values()} == {1}
+    forget_steps(model)
+    assert {int(counter) for counter in counters.values()} == {0}
+
+
+def test_a_device_is_what_one_gets_without_asking():
+    data = LabelledImages(np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3)).astype(np.uint8), np.arange(64) % 4)
+    models = [initialised(lambda: SmallCnn(3, 4, width=4), 0) for _ in range(2)]
+    named = train(models[0], data, epochs=1, seed=0, augment=True, device=torch.device("cpu"))
+    assert next(named.parameters()).device.type == "cpu"
+    if not torch.cuda.is_available():
+        torch.testing.assert_close(
+            named.classifier.weight, train(models[1], data, epochs=1, seed=0, augment=True).classifier.weight
+        )

@@ -9,6 +9,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+from audit_plugin.errors import UsageError
 from audit_plugin.types import LabelledImages
 from audit_plugin.zoo.architectures import CifarResNet18, SmallCnn
 from audit_plugin.zoo.data import cifar10, gtsrb
@@ -136,3 +137,30 @@ def test_signs_from_files_are_not_mixed_with_other_data(tmp_path):
     data = gtsrb(tmp_path)
     np.testing.assert_array_equal(data.train.images[:, 0, 0, 0], np.arange(6))
     assert len(data.test) == 4
+
+
+@pytest.mark.parametrize(("load", "dataset"), [(cifar10, "CIFAR10"), (gtsrb, "GTSRB")])
+@pytest.mark.parametrize("error", [OSError("<urlopen error no network>"), RuntimeError("File not found\nor corrupted.")])
+def test_images_that_cannot_be_had_are_one_line(tmp_path, monkeypatch, load, dataset, error):
+    def refused(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, dataset, refused)
+    with pytest.raises(UsageError) as raised:
+        load(tmp_path)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert str(tmp_path) in message
+    assert f"{load.__name__}_train.npz and {load.__name__}_test.npz" in message
+    assert "digits need no files" in message
+
+
+@pytest.mark.parametrize("damage", ["missing", "no archive", "without labels"])
+def test_files_of_images_that_cannot_be_read_are_one_line(tmp_path, damage):
+    stored(tmp_path, "cifar10_train_1.npz", 20, 0)
+    if damage == "no archive":
+        (tmp_path / "cifar10_test.npz").write_bytes(b"PK\x03\x04 half a download")
+    elif damage == "without labels":
+        np.savez(tmp_path / "cifar10_test.npz", images=np.zeros((2, 32, 32, 3), np.uint8))
+    with pytest.raises(UsageError, match=r"cifar10_test.npz in .* cannot be read .* 'labels'"):
+        cifar10(tmp_path)

@@ -1,0 +1,1 @@
+"""The parts of a registry scan; :mod:`pipelines.scan_registry` puts them together."""

@@ -1,0 +1,454 @@
+"""The tables and plots of :mod:`pipelines.tables`: CSV, Markdown and SVG from the results, which it only reads."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from audit_plugin.maths.rates import auroc, rate
+from audit_plugin.report.sanitise import escape_markdown
+from audit_plugin.types import Rate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+log = logging.getLogger("pipelines.tables")
+
+Row = dict[str, Any]
+Truth = Literal["clean", "one target", "other", "did not take"]
+"""'one target': triggered images of every class become one. 'other': all-to-all and source-specific. 'did not take': of
+either kind, but the attack succeeds too seldom to be asked for."""
+
+LEAST_SUCCESS = 0.9
+_OTHER = ("AllToAll", "TaCT")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart without colour vision
+_MARKERS = "osD^"
+
+
+def truth_of(record: Mapping[str, Any]) -> Truth:
+    """What a model is, from its card; an attack of unknown success did not take."""
+    truth = record["truth"]
+    if truth["attack"] is None:
+        return "clean"
+    if not (truth.get("attack_success_rate") or 0.0) >= LEAST_SUCCESS:
+        return "did not take"
+    return "other" if truth["attack"] in _OTHER else "one target"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one detector said of one model, over all seeds; the lists leave out seeds that were not measured.
+
+    ``flagged`` and ``right_class`` are of more than half of all seeds, so that what was not measured counts as not flagged.
+    """
+
+    model: str
+    detector: str
+    truth: Truth
+    attack: str
+    scores: tuple[float, ...]
+    seeds: int
+    flagged: bool
+    right_class: bool
+
+    @property
+    def score(self) -> float | None:
+        """The median over seeds."""
+        return statistics.median(self.scores) if self.scores else None
+
+
+def judged(records: Iterable[Row]) -> list[Judged]:
+    """One entry a model and detector that judges models, in the order of the records."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for record in records:
+        groups.setdefault((record["model"], record["detector"]), []).append(record)
+    found = []
+    for (model, detector), group in groups.items():
+        judgements = [record["judgement"] for record in group if "judgement" in record]
+        if not judgements and any(record["state"] == "measured" for record in group):
+            continue  # it judges no models
+        target = group[0]["truth"].get("target_class")
+        flagged = [judgement["flagged"] for judgement in judgements]
+        right = [judgement["flagged"] and judgement["suspected_class"] == target for judgement in judgements]
+        found.append(
+            Judged(
+                model,
+                detector,
+                truth_of(group[0]),
+                group[0]["truth"]["attack"] or "",
+                tuple(judgement["score"] for judgement in judgements),
+                len(group),
+                2 * sum(flagged) > len(group),
+                2 * sum(right) > len(group),
+            )
+        )
+    return found
+
+
+def detector_rows(records: Sequence[Row]) -> list[Row]:
+    """One row a detector that judges models; None where there is nothing to compute a figure from.
+
+    Rates count models, not seeds. ``auroc`` is the mean over seeds of the area for clean against one-target models, each seed
+    with the models measured in it, ``auroc_least`` and ``auroc_most`` its spread.
+    """
+    entries, rows = judged(records), []
+    for detector in dict.fromkeys(entry.detector for entry in entries if _judges_models(entry.detector, entries)):
+        own = [entry for entry in entries if entry.detector == detector]
+        made = [record for record in records if record["detector"] == detector]
+        measured = [record for record in made if "judgement" in record]
+        areas = [area for seed in sorted({record["seed"] for record in made}) if (area := _area(measured, seed)) is not None]
+        clean, one = (_of(own, truth) for truth in ("clean", "one target"))
+        caught = [entry for entry in one if entry.flagged]
+        rows.append(
+            {
+                "detector": detector,
+                "seeds": max(entry.seeds for entry in own),
+                "auroc": statistics.mean(areas) if areas else None,
+                "auroc_least": min(areas, default=None),
+                "auroc_most": max(areas, default=None),
+                "false_alarms": _share(clean),
+                "detected": _share(one),
+                "right_class": rate(sum(entry.right_class for entry in caught), len(caught)),
+                "not_measured": len(made) - len(measured),
+                "seconds": statistics.median(record["seconds"] for record in measured) if measured else None,
+                "peak_memory_mib": max((record["peak_memory_mib"] for record in measured), default=None),
+            }
+        )
+    return rows
+
+
+def attack_rows(records: Sequence[Row]) -> list[Row]:
+    """One row an attack, with the share of its models that each detector flags; clean models first, attacks that did not take
+    last, whatever they are."""
+    entries = judged(records)
+    detectors = [name for name in dict.fromkeys(entry.detector for entry in entries) if _judges_models(name, entries)]
+    groups: dict[str, list[Judged]] = {
+        "(clean)": [],
+        **{attack: [] for attack in sorted({entry.attack for entry in entries} - {""})},
+    }
+    for entry in entries:
+        name = {"clean": "(clean)", "did not take": "(did not take)"}.get(entry.truth, entry.attack)
+        groups.setdefault(name, []).append(entry)
+    return [
+        {"attack": name} | {detector: _share([entry for entry in group if entry.detector == detector]) for detector in detectors}
+        for name, group in groups.items()
+        if group
+    ]
+
+
+def verdict_rows(records: Sequence[Row]) -> list[Row]:
+    """How often the audit said what, by truth, over all seeds; what was not measured has a column of its own."""
+    rows = []
+    for truth in get_args(Truth):
+        made = [record for record in records if record["detector"] == "audit" and truth_of(record) == truth]
+        counts = Counter(record.get("judgement", {}).get("verdict", "not measured") for record in made)
+        if made:
+            rows.append(
+                {"truth": truth} | {verdict: counts[verdict] for verdict in ("pass", "fail", "inconclusive", "not measured")}
+            )
+    return rows
+
+
+def input_rows(records: Sequence[Row]) -> list[Row]:
+    """One row a truth or attack, check and threshold: means over models and seeds, with the least detection rate."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for record in records:
+        truth = truth_of(record)
+        name = {"clean": "(clean)", "did not take": "(did not take)"}.get(truth, record["truth"]["attack"])
+        for row in record.get("inputs", ()):
+            if "rule" in row:
+                groups.setdefault((name, row["check"], row["rule"]), []).append(row | {"model": record["model"]})
+    return [
+        {
+            "attack": attack,
+            "check": check,
+            "rule": rule,
+            "models": len({row["model"] for row in rows}),
+            "detection_rate": _mean(rows, "detection_rate"),
+            "least_detection_rate": min(_values(rows, "detection_rate"), default=None),
+            "false_positive_rate": _mean(rows, "false_positive_rate"),
+            "auroc": _mean(rows, "auroc"),
+            "auroc_all_triggered": _mean(rows, "auroc_all_triggered"),
+        }
+        for (attack, check, rule), rows in sorted(groups.items())
+    ]
+
+
+def repair_rows(records: Sequence[Row]) -> list[Row]:
+    """One row a model, repair and seed, as measured."""
+    return [
+        {"model": record["model"], "attack": record["truth"]["attack"] or "", "seed": record["seed"], **row}
+        for record in records
+        for row in record.get("repairs", ())
+    ]
+
+
+def _judges_models(detector: str, entries: Sequence[Judged]) -> bool:
+    return any(entry.scores for entry in entries if entry.detector == detector)
+
+
+def _of(entries: Sequence[Judged], truth: str) -> list[Judged]:
+    return [entry for entry in entries if entry.truth == truth]
+
+
+def _share(entries: Sequence[Judged]) -> Rate:
+    return rate(sum(entry.flagged for entry in entries), len(entries))
+
+
+def _area(measured: Sequence[Row], seed: int) -> float | None:
+    scores = {
+        truth: np.array(
+            [record["judgement"]["score"] for record in measured if record["seed"] == seed and truth_of(record) == truth],
+            np.float64,
+        )
+        for truth in ("clean", "one target")
+    }
+    clean, one = scores["clean"], scores["one target"]
+    return auroc(clean, one) if len(clean) and len(one) else None  # type: ignore[arg-type]  # float32 would do as well
+
+
+def _values(rows: Sequence[Row], key: str) -> list[float]:
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def _mean(rows: Sequence[Row], key: str) -> float | None:
+    values = _values(rows, key)
+    return statistics.mean(values) if values else None
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def write_report(records: Sequence[Row], output: Path) -> None:
+    """Write ``tables.md``, a CSV file a table, and the plots ``roc.svg`` and ``scores.svg``."""
+    output.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "models": _model_rows(records),
+        "detectors": detector_rows(records),
+        "attacks": attack_rows(records),
+        "verdicts": verdict_rows(records),
+        "inputs": input_rows(records),
+        "repairs": repair_rows(records),
+    }
+    for name, rows in tables.items():
+        _write_csv(output / f"{name}.csv", [_flat(row) for row in rows])
+    (output / "tables.md").write_text(markdown(records), encoding="utf-8")
+    try:
+        _plot(judged(records), output)
+    except ModuleNotFoundError as error:
+        log.warning("There are no plots: %s. Install the extra 'benchmark'.", error)
+
+
+def markdown(records: Sequence[Row]) -> str:
+    """All tables but those of single models."""
+    entries = {record["model"]: truth_of(record) for record in records}
+    counts = Counter(entries.values())
+    seeds = sorted({record["seed"] for record in records})
+    lines = [
+        "# Detectors on models whose backdoor is known",
+        "",
+        f"{counts['clean']} clean models; {counts['one target']} with a backdoor that moves every class to one, "
+        f"{counts['other']} with another, and {counts['did not take']} whose attack did not take (it succeeds on less than "
+        f"{LEAST_SUCCESS:.0%}; counted apart). Seeds: {', '.join(map(str, seeds)) or 'none'}. In brackets: 95 % Clopper-Pearson "
+        "intervals over models; a model counts as flagged when more than half of its seeds flag it, and what was not measured "
+        "counts as not flagged.",
+        "",
+        _machine(records),
+        "",
+        "## Whole models",
+        "",
+        "AUROC and detection: clean against backdoors that move every class to one. In parentheses: least and most of the seeds.",
+        "",
+    ]
+    lines += _table(
+        ("detector", "AUROC", "false alarms", "detected", "right class", "not measured", "seconds (median)", "peak memory, MiB"),
+        [
+            (
+                row["detector"],
+                _spread(row),
+                _rate(row["false_alarms"]),
+                _rate(row["detected"]),
+                _rate(row["right_class"]),
+                row["not_measured"],
+                _number(row["seconds"], 1),
+                _number(row["peak_memory_mib"], 0),
+            )
+            for row in detector_rows(records)
+        ],
+    )
+    attacks = attack_rows(records)
+    detectors = [name for name in (attacks[0] if attacks else {}) if name != "attack"]
+    lines += ["", "## Models flagged, by attack", ""]
+    lines += _table(("attack", *detectors), [(row["attack"], *(_rate(row[name]) for name in detectors)) for row in attacks])
+    lines += ["", "## Verdicts of the audit", ""]
+    verdicts = ("truth", "pass", "fail", "inconclusive", "not measured")
+    lines += _table(verdicts, [tuple(row[name] for name in verdicts) for row in verdict_rows(records)])
+    lines += ["", "## Inputs", "", "Means over models, on images that the true trigger moves; least: of one model.", ""]
+    lines += _table(
+        ("attack", "check", "threshold", "models", "detected (least)", "false positives", "AUROC"),
+        [
+            (
+                row["attack"],
+                row["check"],
+                row["rule"],
+                row["models"],
+                f"{_percent(row['detection_rate'])} ({_percent(row['least_detection_rate'])})"
+                if row["detection_rate"] is not None
+                else "",
+                _percent(row["false_positive_rate"]),
+                _number(row["auroc"], 3),
+            )
+            for row in input_rows(records)
+            if ": " not in row["check"]  # baselines are in the CSV
+        ],
+    )
+    lines += ["", "## Repairs", ""]
+    lines += _table(
+        ("model", "repair", "clean accuracy", "attack success", "triggered right", "steps to return", "note"),
+        [
+            (
+                row["model"],
+                row["repair"],
+                *(_percent(row.get(key)) for key in ("clean_accuracy", "attack_success_rate", "triggered_accuracy")),
+                "" if row.get("steps_to_return") is None else row["steps_to_return"],
+                row.get("note", ""),
+            )
+            for row in repair_rows(records)
+        ],
+    )
+    notes = sorted({(record["detector"], record["model"], record["note"]) for record in records if record["state"] != "measured"})
+    if notes:
+        lines += ["", "## Not measured", ""]
+        lines += _table(("detector", "model", "why"), notes)
+    return "\n".join(lines) + "\n"
+
+
+def _model_rows(records: Sequence[Row]) -> list[Row]:
+    """One row a result."""
+    shown = ("score", "flagged", "verdict", "suspected_class", "pair_score")
+    return [
+        {
+            "model": record["model"],
+            "truth": truth_of(record),
+            **record["truth"],
+            **{key: record.get(key) for key in ("detector", "seed", "state", "note", "seconds", "peak_memory_mib", "device")},
+            **{key: record.get("judgement", {}).get(key) for key in shown},
+        }
+        for record in records
+    ]
+
+
+def _machine(records: Sequence[Row]) -> str:
+    """Where and with what it was measured; one sentence for each kind of machine."""
+    sentences = set()
+    for record in records:
+        if machine := record.get("machine"):
+            versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+            place = record["device"] if record["device"] != "cpu" else machine["processor"]
+            sentences.add(f"On {place} ({machine['cores']} cores) with {versions}.")
+    return escape_markdown(" ".join(sorted(sentences)), 1000)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    if not rows:
+        return ["Nothing was measured."]
+    body = [[escape_markdown(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in (list(columns), ["---"] * len(columns), *body)]
+
+
+def _rate(value: Rate) -> str:
+    return f"{value.successes}/{value.trials} [{value.low:.0%}, {value.high:.0%}]" if value.trials else "none"
+
+
+def _spread(row: Row) -> str:
+    if row["auroc"] is None:
+        return "none"
+    return f"{row['auroc']:.3f} ({row['auroc_least']:.3f} to {row['auroc_most']:.3f})"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _flat(row: Row) -> Row:
+    """A rate becomes five columns."""
+    flat: Row = {}
+    for name, value in row.items():
+        if isinstance(value, Rate):
+            value = value if value.trials else None
+            for part in ("value", "successes", "trials", "low", "high"):
+                flat[f"{name}_{part}"] = getattr(value, part) if value else None
+        else:
+            flat[name] = value
+    return flat
+
+
+def _write_csv(file: Path, rows: Sequence[Row]) -> None:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _plot(entries: Sequence[Judged], output: Path) -> None:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # late: slow to import, and for this alone
+    from matplotlib.figure import Figure
+
+    detectors = [name for name in dict.fromkeys(entry.detector for entry in entries) if _judges_models(name, entries)]
+    if not detectors:
+        return
+    roc = Figure(figsize=(5, 5), layout="constrained")
+    axes = roc.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    for index, detector in enumerate(detectors):
+        curve = roc_curve([entry for entry in entries if entry.detector == detector])
+        if curve is not None:
+            axes.plot(*curve, color=_COLOURS[index % 4], marker=_MARKERS[index % 4], markersize=4, label=detector)
+    axes.set(xlabel="false alarms on clean models", ylabel="detected (every class to one)", aspect="equal")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
+    scores = Figure(figsize=(3.2 * len(detectors) + 1.5, 4.5), layout="constrained")
+    for place, detector in zip(scores.subplots(1, len(detectors), squeeze=False)[0], detectors, strict=True):
+        _dots(place, detector, [entry for entry in entries if entry.detector == detector])
+    for figure, name in ((roc, "roc.svg"), (scores, "scores.svg")):
+        FigureCanvasSVG(figure).print_svg(output / name, metadata={"Date": None})  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def roc_curve(entries: Sequence[Judged]) -> tuple[list[float], list[float]] | None:
+    """False alarms and detections at every cut on the scores of clean and one-target models; None without either kind."""
+    clean, one = (
+        np.array([entry.score for entry in _of(entries, truth) if entry.score is not None]) for truth in ("clean", "one target")
+    )
+    if not len(clean) or not len(one):
+        return None
+    cuts = [np.inf, *np.unique(np.concatenate([clean, one]))[::-1]]
+    return [float((clean >= cut).mean()) for cut in cuts], [float((one >= cut).mean()) for cut in cuts]
+
+
+def _dots(axes: Axes, detector: str, entries: Sequence[Judged]) -> None:
+    """One dot a model: filled where it is flagged."""
+    names = sorted({_label(entry) for entry in entries}, key=lambda name: (not name.startswith("(clean"), name))
+    for entry in entries:
+        if entry.score is not None:
+            colour = _COLOURS[0] if entry.truth == "clean" else _COLOURS[1]
+            face = colour if entry.flagged else "none"
+            axes.scatter(entry.score, names.index(_label(entry)), s=36, facecolors=face, edgecolors=colour)
+    axes.set(title=detector, xlabel="score (filled: flagged)", yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+
+
+def _label(entry: Judged) -> str:
+    return {"clean": "(clean)", "did not take": f"{entry.attack} (did not take)"}.get(entry.truth, entry.attack)
