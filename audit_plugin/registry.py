@@ -171,10 +171,10 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 tags = {**_tags(report), "audit.run_id": run_id}
                 _tag_version(client, model.name, model.version, tags, signed=envelope is not None)
                 _describe_version(client, report, model.name, model.version, page)
-            client.set_terminated(run_id)
             if model.name is not None and model.version is not None:
-                # Last of all: an audit that was logged by half shows no verdict.
+                # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
                 client.set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
+            client.set_terminated(run_id)
         except BaseException:
             with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
                 check_server()

@@ -15,7 +15,7 @@ from tests.browser import needs_browser, strangers
 if TYPE_CHECKING:
     from selenium.webdriver.chrome.webdriver import WebDriver
 
-pytestmark = [needs_browser, pytest.mark.slow]
+pytestmark = [*needs_browser, pytest.mark.slow]
 
 
 def report_page(server: str, backdoored_run: subprocess.CompletedProcess[str]) -> str:

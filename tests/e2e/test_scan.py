@@ -289,6 +289,7 @@ def test_sigterm_ends_a_scan_in_order(registry):
     assert "models:/digits-stopped/1" not in registry.audits()
 
 
+@pytest.mark.slow
 def test_of_scans_that_begin_at_the_same_moment_one_goes_on(registry):
     processes = [
         subprocess.Popen(

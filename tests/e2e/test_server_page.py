@@ -160,6 +160,7 @@ return low;
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", ["", "model?name=signs", "?verdict=x"])
 def test_text_has_enough_contrast_in_both_schemes(open_page, scheme, path):
@@ -169,6 +170,7 @@ def test_text_has_enough_contrast_in_both_schemes(open_page, scheme, path):
     assert browser.execute_script(CONTRAST) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 800, 1024, 1100, 1400])
 @pytest.mark.parametrize("path", ["", "model?name=signs"])
 def test_nothing_is_wider_than_the_window(open_page, width, path):

@@ -77,6 +77,7 @@ def test_a_confined_audit_finds_what_one_in_this_process_finds(demo: Demo, tmp_p
     assert_alike(findings(report), findings(here))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tracking")
 def test_a_confined_guard_is_packaged_for_mlflow(demo: Demo, tmp_path: Path) -> None:
     pinned = pin(demo.model_uris[0], tmp_path)

@@ -42,6 +42,7 @@ def onnx_uri(demo: Demo, tracking: str, tmp_path: Path) -> str:
     return f"models:/{NAME}/1"
 
 
+@pytest.mark.slow
 def test_backdoored_onnx_model_fails(demo: Demo, cli: Cli, onnx_uri: str, tmp_path: Path) -> None:
     output = tmp_path / "report"
     finished = cli("run", onnx_uri, "--clean", demo.clean_images, "-o", output, "--format", "text,json")

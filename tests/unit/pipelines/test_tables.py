@@ -277,6 +277,7 @@ def measured(job: Job) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_the_checks_are_measured_at_both_thresholds_on_true_triggers(trained: Path, tmp_path: Path) -> None:
     record = measured(job_of(trained, tmp_path, BACKDOORED, "checks"))
     assert record["state"] == "measured", record["note"]
@@ -341,6 +342,7 @@ def test_repairs_are_of_attacks_that_move_every_class_to_one(trained: Path, tmp_
     assert "every class to one" in record["note"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_measures_nothing_twice(trained: Path, tmp_path: Path) -> None:
     script = "import runpy, sys; sys.modules['mlflow'] = None; runpy.run_module('pipelines.benchmark', run_name='__main__')"
     command = [sys.executable, "-c", script, "tables", str(trained), "-o", str(tmp_path), "--device", "cpu"]

@@ -268,6 +268,7 @@ def dynamic():
     return attack, images
 
 
+@pytest.mark.slow
 def test_input_aware_triggers_cover_little_and_differ_between_images(dynamic):
     attack, images = dynamic
     changed = (attack.stamp(images) != images).any(axis=3)
