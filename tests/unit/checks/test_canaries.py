@@ -25,6 +25,7 @@ from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
 
 STANDARDS = VerdictPolicy()
+PATIENT = Planting(steps=800)  # stops earlier where the canary takes; so small a network may need it
 QUICK = Planting(steps=10)  # too few for anything but its course
 
 
@@ -78,7 +79,7 @@ def splits():
 
 def checked(subject, splits, search, *families, seed=0, planting=None, **policy) -> PowerCheck:
     wanted = CanariesPolicy(families or ("patch",), **policy)
-    return check_power(subject, splits, search, wanted, STANDARDS, np.random.default_rng(seed), planting)
+    return check_power(subject, splits, search, wanted, STANDARDS, np.random.default_rng(seed), planting or PATIENT)
 
 
 def searching(splits, steps):
