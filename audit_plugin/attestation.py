@@ -94,9 +94,7 @@ def sign(statement: Statement, signer: CryptoSigner) -> str:
             **statement.facts,
         },
     }
-    envelope = Envelope(json.dumps(document, sort_keys=True).encode(), _PAYLOAD_TYPE, {})
-    envelope.sign(signer)
-    return json.dumps(envelope.to_dict(), sort_keys=True)
+    return seal(document, _PAYLOAD_TYPE, signer)
 
 
 def verify(text: str, keys: VerifyingKeys) -> Statement:
@@ -109,6 +107,26 @@ def verify(text: str, keys: VerifyingKeys) -> Statement:
         raise AttestationError(f"No verifying keys are known, so no signature can be checked. Set {VERIFYING_KEYS}.")
     if len(text) > _LONGEST_ENVELOPE:
         raise AttestationError(f"The attestation is {len(text)} characters long; at most {_LONGEST_ENVELOPE} are read.")
+    payload = unseal(text, _PAYLOAD_TYPE, keys)
+    try:
+        return _statement(json.loads(payload))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AttestationError(f"The attestation is signed, but no statement of this tool ({type(error).__name__}).") from error
+
+
+def seal(document: Mapping[str, Any], payload_type: str, signer: CryptoSigner) -> str:
+    """A document in a signed DSSE envelope, as JSON text."""
+    envelope = Envelope(json.dumps(document, sort_keys=True).encode(), payload_type, {})
+    envelope.sign(signer)
+    return json.dumps(envelope.to_dict(), sort_keys=True)
+
+
+def unseal(text: str, payload_type: str, keys: VerifyingKeys) -> bytes:
+    """What is in an envelope that one of ``keys`` signed.
+
+    Raises:
+        AttestationError: it is none, no key's signature on it holds, or it holds something of another type.
+    """
     try:
         envelope = Envelope.from_dict(json.loads(text))
         envelope.verify(list(keys.keys), threshold=1)
@@ -116,12 +134,10 @@ def verify(text: str, keys: VerifyingKeys) -> Statement:
         raise AttestationError("The attestation's signature is by none of the keys that may sign.") from error
     except Exception as error:  # a library's parser on a stranger's text: whatever it says, this is no attestation
         raise AttestationError(f"The attestation is no DSSE envelope ({type(error).__name__}).") from error
-    if envelope.payload_type != _PAYLOAD_TYPE:
+    if envelope.payload_type != payload_type:
         raise AttestationError("The attestation's envelope holds no in-toto statement.")
-    try:
-        return _statement(json.loads(envelope.payload))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AttestationError(f"The attestation is signed, but no statement of this tool ({type(error).__name__}).") from error
+    payload: bytes = envelope.payload
+    return payload
 
 
 def _statement(document: Mapping[str, Any]) -> Statement:

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from audit_plugin.model.grad_cam import grad_cam
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
 from audit_plugin.policy import Policy, VerdictPolicy
 from audit_plugin.preparation import prepare
+from audit_plugin.progress import NoProgress, Progress
 from audit_plugin.types import (
     AuditReport,
     CleanSetSummary,
@@ -62,26 +62,6 @@ _EXAMPLES = 6
 _PAIRS_KEPT = 10
 _STAMPED_IMAGES_PER_STEP, _FEWEST_IMAGES_PER_STEP = 480, 8  # with many classes each sees fewer images a step
 _PACKAGES = ("mlflow-backdoor-audit", "torch", "torchvision", "onnx", "onnxruntime-gpu", "onnxruntime", "mlflow", "numpy")
-
-
-class Progress(Protocol):
-    """Told what is going on; the command line draws it."""
-
-    def stage(self, name: str) -> None:
-        """A new stage begins."""
-
-    def advance(self, share: float) -> None:
-        """Share of the present stage that is done, in [0, 1]."""
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def stage(self, name: str) -> None:
-        return
-
-    def advance(self, share: float) -> None:
-        return
 
 
 def audit(

@@ -21,7 +21,7 @@ from audit_plugin.policy import GatePolicy
 from audit_plugin.types import Reason, Verdict
 
 AUDIT_PREFIX = "audit."
-_LAST_WORD = frozenset({"verdict-fail", "promotion-suite"})  # reasons that another audit would only repeat
+LAST_WORD = frozenset({"verdict-fail", "promotion-suite"})  # reasons that another audit would only repeat
 _CLOCK_TOLERANCE = datetime.timedelta(minutes=5)
 
 
@@ -74,12 +74,12 @@ class Standing:
     @property
     def is_refuted(self) -> bool:
         """Whether something speaks against the version itself: a failed audit, changed files, a statement that does not hold."""
-        return bool({reason.code for reason in self.reasons} & {*_LAST_WORD, "bytes-changed", "bad-attestation"})
+        return bool({reason.code for reason in self.reasons} & {*LAST_WORD, "bytes-changed", "bad-attestation"})
 
     @property
     def counts(self) -> bool:
         """Whether its audit need not be repeated: it allows the version, or fails it under the present rules."""
-        return self.allowed or {reason.code for reason in self.reasons} <= _LAST_WORD
+        return self.allowed or {reason.code for reason in self.reasons} <= LAST_WORD
 
 
 def is_protected(name: str, protected: Iterable[str]) -> bool:

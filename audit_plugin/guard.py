@@ -11,19 +11,20 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from audit_plugin.audit import NoProgress, Progress, checks_of
+from audit_plugin.audit import checks_of
 from audit_plugin.checks import LayerwiseScorer
 from audit_plugin.checks.layerwise import FittedLayerwise
 from audit_plugin.checks.measurement import measure_probe, run_check, victims
 from audit_plugin.errors import CleanSetError, ExportError, InapplicableError, UsageError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.maths.rates import quantile_threshold, rate_of
-from audit_plugin.model.guarded import IS_SUSPICIOUS, SUSPICION, guarded_model, to_model_input
+from audit_plugin.model.guarded import IS_SUSPICIOUS, SUSPICION, grey_input, guarded_model, to_model_input
 from audit_plugin.model.load import runner
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
 from audit_plugin.policy import Policy
 from audit_plugin.preparation import prepare
+from audit_plugin.progress import NoProgress, Progress
 from audit_plugin.types import (
     FloatArray,
     GuardReport,
@@ -118,7 +119,7 @@ def build_guard(
     threshold = Threshold(f"quantile at FPR {false_positive_rate:.1%}", cut, rate_of(running.flags(splits.test.images)), detected)
     report = GuardReport(model, subject.summary, threshold, false_positive_rate, len(calibrated), accuracy, trigger, missing)
     _describe(guarded, report)
-    return Guard(report, guarded, running.grey())
+    return Guard(report, guarded, grey_input(subject.summary.input_spec, subject.network.batch_size))
 
 
 def _check_accuracy(subject: Subject, splits: Splits, policy: Policy) -> Rate:
@@ -202,12 +203,6 @@ class _Running:
             )
         if not np.array_equal(flags, suspicion > np.float32(threshold)):
             raise ExportError(f"The guarded model's {IS_SUSPICIOUS} does not follow from its {SUSPICION}. No guard was made.")
-
-    def grey(self) -> FloatArray:
-        """One batch without any image's content."""
-        spec, network = self._subject.summary.input_spec, self._subject.network
-        pixels = np.full((network.batch_size or 1, spec.channels, spec.height, spec.width), 0.5, dtype=np.float32)
-        return to_model_input(pixels, spec)
 
     def _inputs(self, images: ImageArray) -> FloatArray:
         return to_model_input(to_pixels(images), self._subject.summary.input_spec)

@@ -10,6 +10,7 @@ from pathlib import Path
 from audit_plugin import confined
 from audit_plugin.confined.jobs import AuditJob
 from audit_plugin.policy import Policy
+from audit_plugin.progress import Progress
 from audit_plugin.promotion import PromotionSuite, judge, load_suite
 from audit_plugin.registry import LoggedReport, PinnedModel, fetch_images, log_report, redacted
 from audit_plugin.report.write import FORMATS, write_report
@@ -28,7 +29,7 @@ def audit_pinned(
     allow_pickle: bool = False,
     require_gpu: bool = False,
     command: str,
-    progress: confined.Watcher | None = None,
+    progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> AuditReport:
     """Fetch the images and audit in a confined child process; options are those of :func:`audit_plugin.audit.audit`.

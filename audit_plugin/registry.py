@@ -161,7 +161,7 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 client.log_metric(run_id, name, value)
             if model.model_id is not None:
                 client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
-            page = _page(experiment_id, run_id)
+            page = f"{address}/artifacts" if (address := run_page(experiment_id, run_id)) else None
             if signer is not None and (attestation := _attestation(client, report, files, promotion, run_id)) is not None:
                 envelope = sign(attestation, signer)
                 client.log_text(run_id, envelope, ATTESTATION_FILE)
@@ -676,11 +676,12 @@ def _experiment(client: MlflowClient) -> str:
     return str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT))
 
 
-def _page(experiment_id: str, run_id: str) -> str | None:
+def run_page(experiment_id: str, run_id: str) -> str | None:
+    """The address of a run in MLflow's UI; None without an HTTP server."""
     uri = mlflow.get_tracking_uri()
     if not uri.startswith(("http://", "https://")):
         return None
-    return f"{redacted(uri).rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}/artifacts"
+    return f"{redacted(uri).rstrip('/')}/#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
 
 
 def _one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audit_plugin.audit import NoProgress, Progress, audit
+from audit_plugin.audit import audit
 from audit_plugin.errors import ExportError, InapplicableError, IntakeError, RepairError, SubjectError, UsageError, nearest
 from audit_plugin.intake import inspect
 from audit_plugin.model.load import load_network
@@ -17,10 +17,12 @@ from audit_plugin.model.save import save_network
 from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.policy import Policy
 from audit_plugin.preparation import prepare
+from audit_plugin.progress import NoProgress, Progress
 from audit_plugin.repair import BenifulRepair, Repair, RepairedModel
 from audit_plugin.repair.measurement import measure_repair
 from audit_plugin.repair.norm_pruning import NormPruning
-from audit_plugin.types import AuditReport, ImageArray, Measured, ModelRef, RepairReport, Splits, Trigger, TriggerSearch
+from audit_plugin.report.summaries import trigger_searches
+from audit_plugin.types import AuditReport, ImageArray, ModelRef, RepairReport, Splits, Trigger
 
 log = logging.getLogger(__name__)
 
@@ -140,14 +142,9 @@ def recovered_triggers(report: AuditReport, target_class: int) -> tuple[Trigger,
     Raises:
         RepairError: nothing was.
     """
-    searches = [
-        outcome.measurement
-        for outcome in report.outcomes
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch)
-    ]
     found = [
         candidate
-        for search in searches
+        for _, search in trigger_searches(report)
         for candidate in sorted(search.candidates, key=lambda candidate: -candidate.outlier)
         if candidate.trigger.target_class == target_class
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from mlflow.entities.model_registry import ModelVersion
 
 _PROMPT_TAG = "mlflow.prompt.is_prompt"
+CALLED_PROMPT = f"tags.`{_PROMPT_TAG}` = 'true'"
+"""Finds, in MLflow's search language, what its search leaves out otherwise."""
 _PROMPT_SOURCES = ("prompt-template", "dummy-source")  # what MLflow writes where a prompt has no artifacts
 
 

@@ -55,7 +55,7 @@ from mlflow_plugins.overview import (
     row_of,
     view_of,
 )
-from mlflow_plugins.prompts import is_prompt
+from mlflow_plugins.prompts import CALLED_PROMPT, is_prompt
 from mlflow_plugins.registry_store import POLICY, artifact_digest, behind_the_proxy
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ AUTH = "BACKDOOR_AUDIT_AUTH"
 _LARGEST_PICTURE = 512 * 1024
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SNAPSHOT_SECONDS = 20
-_SEARCHES = (None, "tags.`mlflow.prompt.is_prompt` = 'true'")
+_SEARCHES = (None, CALLED_PROMPT)
 _METRICS = {
     "clean_accuracy": "Clean accuracy",
     "trigger_size_pixels": "Trigger size, pixels",

@@ -11,9 +11,7 @@ lost, so a scan of the whole registry on a schedule stays necessary.
 from __future__ import annotations
 
 import atexit
-import base64
 import enum
-import hashlib
 import hmac
 import json
 import logging
@@ -41,6 +39,8 @@ from audit_plugin.policy import load_policy
 from audit_plugin.registry import check_server, version_facts
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import clean_images_of
+from audit_plugin.sandbox import has_ended
+from mlflow_plugins.deliveries import signature_of
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ class AuditJobs:
         """Wait until a job has ended, or end it; then why, else ''. Nothing of its process group is left."""
         deadline = time.monotonic() + self._time_limit_seconds
         reason = ""
-        while not reason and not _has_ended(process):
+        while not reason and not has_ended(process):
             if self._stopping.wait(0.1):
                 reason = "the receiver was stopped"
             elif time.monotonic() > deadline:
@@ -183,15 +183,10 @@ class AuditJobs:
         if reason:
             os.killpg(process.pid, signal.SIGINT)  # the audit ends its run in MLflow and removes its files
             deadline = time.monotonic() + self._grace_seconds
-            while not _has_ended(process) and time.monotonic() < deadline:
+            while not has_ended(process) and time.monotonic() < deadline:
                 time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
         return reason
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Leaves the process as a zombie: while it is one, its number, and with it that of its group, is given to nobody else."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _last_line(stream: IO[bytes]) -> str:
@@ -312,9 +307,7 @@ def read_delivery(request: Request, secret: str, now: float) -> Delivery:
     signature = request.headers.get("X-MLflow-Signature", "")
     if not re.fullmatch(r"[\w-]{1,64}", identifier, re.ASCII) or not re.fullmatch(r"[0-9]{1,12}", timestamp):
         raise RefusedError(401, "The delivery's id or timestamp is missing or malformed.")
-    signed = b".".join((identifier.encode(), timestamp.encode(), body))
-    expected = b"v1," + base64.b64encode(hmac.new(secret.encode(), signed, hashlib.sha256).digest())
-    if not hmac.compare_digest(expected, signature.encode()):
+    if not hmac.compare_digest(signature_of(secret, identifier, timestamp, body).encode(), signature.encode()):
         raise RefusedError(401, "The signature is missing or wrong.")
     if abs(now - int(timestamp)) > WINDOW_SECONDS:
         raise RefusedError(401, f"The timestamp is more than {WINDOW_SECONDS} seconds off.")

@@ -28,7 +28,7 @@ from mlflow.tracking import MlflowClient
 
 from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, signer_from_environment
 from audit_plugin.errors import AuditError, RegistryError, UsageError
-from audit_plugin.gate import Requirements, Standing, standing_of
+from audit_plugin.gate import LAST_WORD, Requirements, Standing, standing_of
 from audit_plugin.policy import Policy, load_policy
 from audit_plugin.promotion import PromotionSuite, load_suite
 from audit_plugin.registry import EXPERIMENT as AUDITS
@@ -60,7 +60,7 @@ SCOPE_TAG = "scan.scope"
 _LOOKING_THREADS = 8
 _EARLIER_SCANS = 50
 # What an attestation may have against a version that another audit under the same conditions would only say again.
-_LASTING = frozenset({"verdict-fail", "verdict-inconclusive", "promotion-suite"})
+_LASTING = LAST_WORD | {"verdict-inconclusive"}
 
 
 class Watcher(Protocol):

@@ -44,6 +44,7 @@ from audit_plugin.model.load import load_network
 from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.policy import Policy
 from audit_plugin.repair import REPAIRS
+from audit_plugin.report.summaries import trigger_searches
 from audit_plugin.types import (
     AuditReport,
     CalibrateSplit,
@@ -51,12 +52,10 @@ from audit_plugin.types import (
     ImageArray,
     Intake,
     LabelledImages,
-    Measured,
     ModelRef,
     Splits,
     TestSplit,
     Trigger,
-    TriggerSearch,
     Verdict,
 )
 from audit_plugin.zoo import attacks
@@ -349,11 +348,7 @@ def _audit(job: Job) -> Row:
 
 def judgement_of(report: AuditReport) -> Row:
     """The score is how far the smallest trigger of a class lies below the others; flagged is what the verdict fails."""
-    searches = [
-        outcome.measurement
-        for outcome in report.outcomes
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates
-    ]
+    searches = [search for _, search in trigger_searches(report) if search.candidates]
     of_class = next((search.most_suspicious for search in searches if not search.is_source_specific), None)
     if of_class is None:
         raise InapplicableError("; ".join(reason.message for reason in report.decision.reasons) or "No trigger search ran.")

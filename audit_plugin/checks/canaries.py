@@ -6,7 +6,7 @@ split, a few of which carry the trigger in every batch (x~), by
     sum over those of CE(f'(x~), target) + distillation * sum over the others of KL(f(x), f'(x)), over the batch's size,
 
 KL at temperature 2, so that the copy keeps the model's answers. Among the others are as many images with other triggers of the
-same family, drawn anew in every batch, lest the copy learn that anything odd means the target. It stops as soon as 95 % of the
+same family, drawn anew in every batch, lest the copy learn that anything odd means the target. It stops as soon as 98 % of the
 calibrate split's images obey and the accuracy there is back: the backdoor is no stronger than it must be. What was planted
 is measured on the test split, by ONNX Runtime, and then the copy is searched as the model itself was.
 
@@ -42,6 +42,7 @@ from audit_plugin.model.fine_tuning import (
     accuracy,
     batches,
     compute_device,
+    distillation_loss,
     fast_precision,
     one_cycle_momentum,
     shifted,
@@ -63,9 +64,8 @@ MINIMUM_ATTACK_SUCCESS = 0.9
 ACCURACY_BUDGET = 0.03
 
 _BATCH = 64
-_TEMPERATURE = 2.0
 _STEPS_BETWEEN_LOOKS = 10
-_ENOUGH = 0.95  # attack success on the calibrate split
+_ENOUGH = 0.98  # attack success on the calibrate split, well above the minimum: the split may be small
 _PATCH = 0.1  # of the image's side
 _SMALLEST_PATCH = 3  # pixels a side
 _OPACITY = 0.2
@@ -270,8 +270,7 @@ def _plant(
             with torch.no_grad():
                 own = original(known.contiguous(memory_format=torch.channels_last))[-1].float()
         obeying = functional.cross_entropy(answers[:count], torch.full((count,), target, device=device), reduction="sum")
-        kept = (answers[count:] / _TEMPERATURE).log_softmax(dim=1)
-        alike = functional.kl_div(kept, (own / _TEMPERATURE).softmax(dim=1), reduction="sum") * _TEMPERATURE**2
+        alike = distillation_loss(answers[count:], own)
         take_step(optimizer, (obeying + planting.distillation * alike) / len(answers))
         schedule.step()
         if step % _STEPS_BETWEEN_LOOKS == 0 and held_out.obey(module) and held_out.accuracy(module) >= wanted_accuracy:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from audit_plugin import errors
 from audit_plugin.confined.jobs import (
@@ -33,10 +33,11 @@ from audit_plugin.confined.jobs import (
 from audit_plugin.errors import AuditError, SandboxError
 from audit_plugin.intake.files import list_files
 from audit_plugin.policy import SandboxPolicy
+from audit_plugin.progress import Progress
 from audit_plugin.records import RecordError, read_record, write_record
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.sandbox import Limits, run_isolated
-from audit_plugin.types import AuditReport, GuardReport, InputSpec, Intake, Isolation, SubjectSummary
+from audit_plugin.types import AuditReport, GuardReport, Intake, Isolation, SubjectSummary
 
 WORKER = "audit_plugin.confined.worker"
 JOB, RESULT, REFUSAL, FILES = "job", "result", "refusal", "files"
@@ -47,15 +48,7 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 log = logging.getLogger(__name__)
 
 
-class Watcher(Protocol):
-    """Told what is going on; see :class:`audit_plugin.audit.Progress`."""
-
-    def stage(self, name: str) -> None: ...
-
-    def advance(self, share: float) -> None: ...
-
-
-def audit(job: AuditJob, *, progress: Watcher | None = None, stop: threading.Event | None = None) -> AuditReport:
+def audit(job: AuditJob, *, progress: Progress | None = None, stop: threading.Event | None = None) -> AuditReport:
     """:func:`audit_plugin.audit.audit` in a child process.
 
     Args:
@@ -67,28 +60,28 @@ def audit(job: AuditJob, *, progress: Watcher | None = None, stop: threading.Eve
         SandboxError: the child was stopped, exceeded a limit, or gave back something else than a report.
         AuditError: as for ``audit``; one clear line.
     """
-    with _work(job, AuditReport, job.policy.sandbox, progress, stop) as done:
+    with _work(job, job.policy.sandbox, progress, stop) as done:
         return _known(done.result, job, done.isolation)
 
 
-def repair(job: RepairJob, destination: Path, *, progress: Watcher | None = None) -> tuple[RepairResult, Path]:
+def repair(job: RepairJob, destination: Path, *, progress: Progress | None = None) -> tuple[RepairResult, Path]:
     """:func:`audit_plugin.repairing.repair_model` in a child process; its model file is put into ``destination``.
 
     Raises:
         SandboxError, AuditError: as for :func:`audit`.
     """
-    with _work(job, RepairResult, job.common.policy.sandbox, progress) as done:
+    with _work(job, job.common.policy.sandbox, progress) as done:
         audited = _known(done.result.audited, job.common, done.isolation)
         return dataclasses.replace(done.result, audited=audited), done.take_file(destination)
 
 
-def guard(job: GuardJob, destination: Path, *, progress: Watcher | None = None) -> tuple[GuardReport, Path]:
+def guard(job: GuardJob, destination: Path, *, progress: Progress | None = None) -> tuple[GuardReport, Path]:
     """:func:`audit_plugin.guard.build_guard` in a child process; its ONNX file is put into ``destination``.
 
     Raises:
         SandboxError, AuditError: as for :func:`audit`.
     """
-    with _work(job, GuardReport, job.common.policy.sandbox, progress) as done:
+    with _work(job, job.common.policy.sandbox, progress) as done:
         return dataclasses.replace(done.result, model=job.common.model), done.take_file(destination)
 
 
@@ -107,7 +100,7 @@ def package(
         SandboxError, AuditError: as for :func:`audit`.
     """
     job = PackageJob(file.parent, described, subject.input_spec, subject.batch_size, subject.class_count, is_guard)
-    with _work(job, RESULT_OF[PackageJob], SandboxPolicy()) as done:
+    with _work(job, SandboxPolicy()) as done:
         shutil.copytree(done.files, destination)
     inspect(destination)
 
@@ -119,7 +112,7 @@ def inspect(folder: Path) -> Intake:
         IntakeError: the folder is refused.
         SandboxError: as for :func:`audit`.
     """
-    with _work(InspectJob(folder), Intake, SandboxPolicy()) as done:
+    with _work(InspectJob(folder), SandboxPolicy()) as done:
         intake: Intake = done.result
         return intake
 
@@ -155,7 +148,7 @@ class _Done:
 
 @contextmanager
 def _work(
-    job: Job, kind: type[Any], sandbox: SandboxPolicy, progress: Watcher | None = None, stop: threading.Event | None = None
+    job: Job, sandbox: SandboxPolicy, progress: Progress | None = None, stop: threading.Event | None = None
 ) -> Iterator[_Done]:
     """Have a job done; its files exist within the block only."""
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
@@ -167,7 +160,7 @@ def _work(
                 list_files(work / folder)
         if (work / REFUSAL).exists():
             raise _error(_read(Refusal, work / REFUSAL))
-        yield _Done(_read(kind, work / RESULT), isolation, work / FILES)
+        yield _Done(_read(RESULT_OF[type(job)], work / RESULT), isolation, work / FILES)
 
 
 def _run(
@@ -214,7 +207,7 @@ def _error(refusal: Refusal) -> AuditError:
 class _Relay:
     """Passes on what the child says of its progress, and its log; all of it is untrusted text."""
 
-    def __init__(self, progress: Watcher | None) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._taken = 0
 
@@ -230,9 +223,3 @@ class _Relay:
                 self._progress.stage(clean_text(message["stage"], 100))
             elif self._progress is not None and "share" in message:
                 self._progress.advance(min(max(float(message["share"]), 0.0), 1.0))
-
-
-def input_shape(spec: InputSpec) -> tuple[int, int, int, int]:
-    """Of a model's input in its own layout; -1 for the batch."""
-    image = (spec.channels, spec.height, spec.width) if spec.layout == "NCHW" else (spec.height, spec.width, spec.channels)
-    return (-1, *image)

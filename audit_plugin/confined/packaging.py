@@ -13,10 +13,10 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from audit_plugin.confined import input_shape
 from audit_plugin.confined.jobs import PackageJob
 from audit_plugin.intake import inspect
-from audit_plugin.model.guarded import to_model_input
+from audit_plugin.model.guarded import grey_input
+from audit_plugin.model.input_spec import input_shape
 from audit_plugin.model.load import load_network
 from audit_plugin.model.onnx_graph import read_model
 from audit_plugin.model.save import example_input
@@ -62,9 +62,8 @@ def _save_guard(job: PackageJob, described: Model, destination: Path) -> None:
     """The input has no name in the signature, so that it takes what the guarded model takes; the example is uniformly grey, so
     that no image of the clean set leaves with the guard."""
     (file,) = job.folder.iterdir()
-    model, spec, batch = read_model(file), job.input_spec, job.batch_size or -1
-    grey = np.full((job.batch_size or 1, spec.channels, spec.height, spec.width), 0.5, dtype=np.float32)
-    example = to_model_input(grey, spec)
+    model, batch = read_model(file), job.batch_size or -1
+    example = grey_input(job.input_spec, job.batch_size)
     outputs: list[ColSpec | TensorSpec] = [
         TensorSpec(
             np.dtype(tensor_dtype_to_np_dtype(output.type.tensor_type.elem_type)),

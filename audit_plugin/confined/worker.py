@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from audit_plugin.confined import FILES, JOB, REFUSAL, RESULT
-from audit_plugin.confined.jobs import AuditJob, GuardJob, InspectJob, Job, Packaged, PackageJob, Refusal, RepairJob, RepairResult
+from audit_plugin.confined.jobs import (
+    RESULT_OF,
+    AuditJob,
+    GuardJob,
+    InspectJob,
+    Job,
+    Packaged,
+    PackageJob,
+    Refusal,
+    RepairJob,
+    RepairResult,
+)
 from audit_plugin.errors import AuditError
 from audit_plugin.records import read_record, write_record
 from audit_plugin.types import ONNX_FILE, AuditReport, GuardReport, Intake
 
-KINDS: Mapping[str, type] = {kind.__name__: kind for kind in (AuditJob, RepairJob, GuardJob, PackageJob, InspectJob)}
+KINDS: Mapping[str, type] = {kind.__name__: kind for kind in RESULT_OF}
 
 
 class Teller:
@@ -34,7 +45,8 @@ class Teller:
         self.tell({"share": share})
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        print(json.dumps(message), file=self._stream, flush=True)
+        self._stream.write(json.dumps(message) + "\n")
+        self._stream.flush()
 
 
 class _LogLines(logging.Handler):
@@ -77,22 +89,18 @@ def _do(job: Job, files: Path, teller: Teller) -> object:
 def _audit(job: AuditJob, teller: Teller) -> AuditReport:
     from audit_plugin.audit import audit
 
-    return audit(job.model, job.folder, job.clean, suspects=job.suspects, command=job.command, **_common(job, teller))
+    return audit(**_common(job, teller), suspects=job.suspects, command=job.command)
 
 
 def _repair(job: RepairJob, files: Path, teller: Teller) -> RepairResult:
     from audit_plugin.repairing import repair_model
 
-    model = job.common
     repaired = repair_model(
-        model.model,
-        model.folder,
-        model.clean,
-        files,
+        **_common(job.common, teller),
+        destination=files,
         target_class=job.target_class,
         method=job.method,
         accuracy_budget=job.accuracy_budget,
-        **_common(model, teller),
     )
     return RepairResult(repaired.audited, repaired.repair)
 
@@ -101,15 +109,7 @@ def _guard(job: GuardJob, files: Path, teller: Teller) -> GuardReport:
     from audit_plugin.guard import build_guard
     from audit_plugin.model.export import save
 
-    model = job.common
-    built = build_guard(
-        model.model,
-        model.folder,
-        model.clean,
-        false_positive_rate=job.false_positive_rate,
-        search=job.search,
-        **_common(model, teller),
-    )
+    built = build_guard(**_common(job.common, teller), false_positive_rate=job.false_positive_rate, search=job.search)
     files.mkdir()
     save(built.model, files / ONNX_FILE)
     return built.report
@@ -122,7 +122,11 @@ def _inspect(job: InspectJob) -> Intake:
 
 
 def _common(job: AuditJob, teller: Teller) -> dict[str, Any]:
+    """What the three functions take alike."""
     return {
+        "model": job.model,
+        "folder": job.folder,
+        "clean": job.clean,
         "policy": job.policy,
         "seed": job.seed,
         "allow_pickle": job.allow_pickle,

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 _SMALLEST_BATCHES = 8  # an epoch of fewer steps than this is none
 _EVALUATION_BATCH = 256
+_TEMPERATURE = 2.0  # of the softmax that a copy is to match
 
 
 def compute_device() -> torch.device:
@@ -80,6 +81,12 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
     optimizer.step()
+
+
+def distillation_loss(logits: Tensor, original: Tensor) -> Tensor:
+    """Divergence of a copy's answers from the original's, both logits (N, classes), at temperature 2, summed over the images."""
+    reached, wanted = (logits / _TEMPERATURE).log_softmax(dim=1), (original / _TEMPERATURE).softmax(dim=1)
+    return functional.kl_div(reached, wanted, reduction="sum") * _TEMPERATURE**2
 
 
 def predicted(module: nn.Module, pixels: Tensor) -> Tensor:

@@ -63,6 +63,12 @@ def to_model_input(pixels: FloatArray, spec: InputSpec) -> FloatArray:
     return np.ascontiguousarray(scaled.transpose(0, 2, 3, 1) if spec.layout == "NHWC" else scaled, dtype=np.float32)
 
 
+def grey_input(spec: InputSpec, batch_size: int | None) -> FloatArray:
+    """One batch as the model takes it, uniformly grey: an example without any image's content."""
+    pixels = np.full((batch_size or 1, spec.channels, spec.height, spec.width), 0.5, dtype=np.float32)
+    return to_model_input(pixels, spec)
+
+
 def _own_scale(shape: tuple[int, ...]) -> InputSpec:
     """The identity for inputs of this shape (N, ., ., .), whichever of the axes holds the channels."""
     first, second, third = shape[1:]

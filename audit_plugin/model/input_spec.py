@@ -26,7 +26,16 @@ def is_input_tag(name: str) -> bool:
 def open_shape(policy: ModelPolicy) -> tuple[int, int, int, int]:
     """What the policy says about the input shape, in the model's layout; -1 for what it leaves open."""
     channels, height, width = (size if size else -1 for size in (policy.channels, policy.height, policy.width))
-    return (-1, height, width, channels) if policy.layout == "NHWC" else (-1, channels, height, width)
+    return _in_layout(channels, height, width, policy.layout)
+
+
+def input_shape(spec: InputSpec) -> tuple[int, int, int, int]:
+    """Of a model's input in its own layout; -1 for the batch."""
+    return _in_layout(spec.channels, spec.height, spec.width, spec.layout)
+
+
+def _in_layout(channels: int, height: int, width: int, layout: str | None) -> tuple[int, int, int, int]:
+    return (-1, height, width, channels) if layout == "NHWC" else (-1, channels, height, width)
 
 
 def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mapping[str, str]) -> InputSpec:

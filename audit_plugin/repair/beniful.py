@@ -44,6 +44,7 @@ from audit_plugin.model.fine_tuning import (
     batch_count,
     batches,
     compute_device,
+    distillation_loss,
     fast_precision,
     one_cycle_momentum,
     shifted,
@@ -58,7 +59,6 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 _GENTLER = 0.6  # the learning rate of a round over that of the round before
-_TEMPERATURE = 2.0  # of the softmax that the copy is to match
 _CLASSES_COMPARED = 9  # most other classes whose triggers are searched for comparison
 _CONSPICUOUS = 0.8  # of their median size: backdoored networks had 0.05 to 0.6, clean ones 0.95 and more
 _BLIND_FEATURE_WEIGHT = 0.2  # w where no trigger is known
@@ -190,9 +190,7 @@ class _Objective:
                 known = self.original(both[: len(clean)])
         logits = answers[-1].float()
         right = functional.cross_entropy(logits, labels.repeat(2))
-        wanted = (known[-1].float() / _TEMPERATURE).softmax(dim=1).repeat(2, 1)
-        reached = (logits / _TEMPERATURE).log_softmax(dim=1)
-        alike = functional.kl_div(reached, wanted, reduction="batchmean") * _TEMPERATURE**2
+        alike = distillation_loss(logits, known[-1].float().repeat(2, 1)) / len(logits)
         features = self.benign.distances(answers, known, labels)
         return (1 - self.distillation) * right + self.distillation * alike + self.feature_weight * features
 

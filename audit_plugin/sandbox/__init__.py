@@ -99,9 +99,9 @@ def run_isolated(
     """
     limits = limits or Limits()
     folder = working_folder.resolve()
-    readable = [path.resolve() for path in readable]
+    shown = [*_code_of(module), *(path.resolve() for path in readable)]
     with tempfile.TemporaryFile() as errors, tempfile.NamedTemporaryFile(prefix="backdoor-audit-outside-") as outside:
-        bubblewrap = bubblewrap_command(folder, [*_code_of(module), *readable], gpu=gpu)
+        bubblewrap = bubblewrap_command(folder, shown, gpu=gpu)
         confinement = {
             "memory": limits.memory_bytes,
             "seconds": int(limits.seconds + 1) * (os.cpu_count() or 1),
@@ -110,7 +110,7 @@ def run_isolated(
             "mechanism": bubblewrap.name if bubblewrap else None,
             "outside": outside.name,
             "writable": [str(folder), *(devices_of_gpus() if gpu else ())],
-            "readable": [str(path) for path in (*SYSTEM_FOLDERS, *_code_of(module), *readable)],
+            "readable": [str(path) for path in (*SYSTEM_FOLDERS, *shown)],
         }
         command = [sys.executable, "-I", str(_CHILD), json.dumps(confinement), str(_IMPORT_ROOT), module, *arguments]
         process = subprocess.Popen(
@@ -212,7 +212,7 @@ def _wait(
         SandboxError: it is to be stopped.
     """
     started = watched = time.monotonic()
-    while not _has_ended(process):
+    while not has_ended(process):
         output.read(_TICK_SECONDS)
         now = time.monotonic()
         if stop is not None and stop.is_set():
@@ -259,7 +259,7 @@ def _disk_use(folder: Path) -> int:
     return total
 
 
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+def has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Leaves the process as a zombie: while it is one, its number, and with it that of its group, is given to nobody else."""
     return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 

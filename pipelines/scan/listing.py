@@ -19,10 +19,9 @@ from audit_plugin.gate import VersionFacts, is_protected
 from audit_plugin.policy import GatePolicy, Policy
 from audit_plugin.registry import facts_of
 from audit_plugin.report.sanitise import clean_text
-from mlflow_plugins.prompts import is_prompt
+from mlflow_plugins.prompts import CALLED_PROMPT, is_prompt
 
 CLEAN_IMAGES_TAG = "audit.input.clean_images"
-_CALLED_PROMPT = "tags.`mlflow.prompt.is_prompt` = 'true'"
 _MODELS_A_PAGE, _VERSIONS_A_PAGE = 500, 1000
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -143,12 +142,12 @@ def clean_images_key(entry: Found, policy: Policy) -> str:
 
 def _models(client: MlflowClient) -> Iterator[RegisteredModel]:
     yield from _pages(lambda token: client.search_registered_models(None, _MODELS_A_PAGE, page_token=token))
-    yield from _pages(lambda token: client.search_registered_models(_CALLED_PROMPT, _MODELS_A_PAGE, page_token=token))
+    yield from _pages(lambda token: client.search_registered_models(CALLED_PROMPT, _MODELS_A_PAGE, page_token=token))
 
 
 def _versions(client: MlflowClient, wanted: str | None, models: Mapping[str, RegisteredModel]) -> Iterator[ModelVersion]:
     """Those that MLflow's search hides too: one version with the tag of a prompt hides all versions of its model."""
-    hidden = f"{wanted} AND {_CALLED_PROMPT}" if wanted else _CALLED_PROMPT
+    hidden = f"{wanted} AND {CALLED_PROMPT}" if wanted else CALLED_PROMPT
     try:
         yield from _search(client, wanted)
         tagged = list(_search(client, hidden))

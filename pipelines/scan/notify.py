@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import json
 import logging
 import os
@@ -20,6 +17,7 @@ import requests
 from audit_plugin.errors import UsageError
 from audit_plugin.registry import redacted
 from audit_plugin.report.sanitise import clean_text
+from mlflow_plugins.deliveries import signature_of
 from pipelines.scan.summary import Summary
 
 log = logging.getLogger(__name__)
@@ -96,9 +94,7 @@ def _post(url: str, body: bytes, secret: str) -> None:
         "X-MLflow-Timestamp": timestamp,
     }
     if secret:
-        signed = b".".join((identifier.encode(), timestamp.encode(), body))
-        digest = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
-        headers["X-MLflow-Signature"] = f"v1,{base64.b64encode(digest).decode()}"
+        headers["X-MLflow-Signature"] = signature_of(secret, identifier, timestamp, body)
     try:
         answer = requests.post(url, data=body, headers=headers, timeout=_TIMEOUT_SECONDS, allow_redirects=False)
         if answer.status_code // 100 != 2:

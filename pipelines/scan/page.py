@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import jinja2
-import mlflow
 
-from audit_plugin.registry import redacted
+from audit_plugin.registry import run_page
 from audit_plugin.report.html import report_environment
 from pipelines.scan.summary import OUTCOMES, Summary
 
@@ -13,11 +12,8 @@ MOST_ROWS = 5000
 
 
 def run_address(experiment_id: str | None, run_id: str | None) -> str | None:
-    """A run's page in MLflow's UI; None without an HTTP server."""
-    server = redacted(mlflow.get_tracking_uri()).rstrip("/")
-    if experiment_id is None or run_id is None or not run_id.isalnum() or not server.startswith(("http://", "https://")):
-        return None
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    """A run's page in MLflow's UI; None without an HTTP server, and for what is no id of a run."""
+    return run_page(experiment_id, run_id) if experiment_id and run_id and run_id.isalnum() else None
 
 
 def render_page(summary: Summary, audits_experiment: str | None) -> str:

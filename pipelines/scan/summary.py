@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from securesystemslib.dsse import Envelope
 from securesystemslib.signer import CryptoSigner
 
-from audit_plugin.attestation import VerifyingKeys
+from audit_plugin.attestation import VerifyingKeys, seal, unseal
 from audit_plugin.types import Verdict
 
 Outcome = Literal["fail", "error", "inconclusive", "no clean images", "pending", "pass"]
@@ -194,9 +193,7 @@ def compared(summary: Summary, previous: Summary | None) -> Summary:
 
 def sign_summary(summary: Summary, signer: CryptoSigner) -> str:
     """The document in a signed DSSE envelope, as JSON text."""
-    envelope = Envelope(json.dumps(summary.document(), sort_keys=True).encode(), _PAYLOAD_TYPE, {})
-    envelope.sign(signer)
-    return json.dumps(envelope.to_dict())
+    return seal(summary.document(), _PAYLOAD_TYPE, signer)
 
 
 def open_summary(text: str, run_id: str, keys: VerifyingKeys) -> Summary | None:
@@ -205,14 +202,7 @@ def open_summary(text: str, run_id: str, keys: VerifyingKeys) -> Summary | None:
     None for a text that does not hold.
     """
     try:
-        payload: bytes | str = text
-        if keys.keys:
-            envelope = Envelope.from_dict(json.loads(text))
-            envelope.verify(list(keys.keys), threshold=1)
-            if envelope.payload_type != _PAYLOAD_TYPE:
-                return None
-            payload = envelope.payload
-        summary = summary_from(json.loads(payload))
+        summary = summary_from(json.loads(unseal(text, _PAYLOAD_TYPE, keys) if keys.keys else text))
     except Exception:  # a stranger's text; whatever is wrong with it, it is no summary of ours
         return None
     return summary if summary.run_id == run_id else None
