@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 from mlflow.entities.model_registry import ModelVersion, ModelVersionTag, RegisteredModel, RegisteredModelTag
-from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -50,7 +49,6 @@ from mlflow_plugins.prompts import is_prompt
 log = logging.getLogger(__name__)
 
 POLICY = "BACKDOOR_AUDIT_POLICY"
-SCHEME = "audited+"
 _HASHING = threading.BoundedSemaphore(2)  # any client can ask for a hash, which takes the disk for seconds
 _LONGEST_WAIT_SECONDS = 30
 
@@ -233,15 +231,6 @@ class PromotionGate(SqlAlchemyStore):
 
 class WorkspacePromotionGate(PromotionGate, WorkspaceAwareSqlAlchemyStore):
     """The same for servers with workspaces."""
-
-
-def audited_store(store_uri: str | None = None, tracking_uri: str | None = None) -> PromotionGate:
-    """What MLflow's entry points name for ``audited+<database>`` URIs."""
-    gate = WorkspacePromotionGate if MLFLOW_ENABLE_WORKSPACES.get() else PromotionGate
-    try:
-        return gate((store_uri or "").removeprefix(SCHEME))
-    except AuditError as error:  # a policy or key that cannot be read
-        raise MlflowException.invalid_parameter_value(f"The promotion gate cannot start: {error}") from error
 
 
 def refusal(version: VersionFacts, standing: Standing, place: str) -> str:

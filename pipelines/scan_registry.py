@@ -36,7 +36,7 @@ from audit_plugin.registry import VERDICT_TAG, check_server, redacted
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import load_requirements, resolved_source, suite_path
 from audit_plugin.types import AuditReport, Verdict
-from pipelines.scan.digest import digest_now
+from pipelines.scan.digest import Digests
 from pipelines.scan.engine import Engine, Finished, Task, reason_of, with_retries
 from pipelines.scan.listing import Found, Scope, clean_images_key, find_versions
 from pipelines.scan.lock import EXPERIMENT, scan_lock
@@ -215,8 +215,10 @@ def _plan(client: MlflowClient, rules: Rules, previous: Summary | None, stop: th
         if row.refused and previous and previous.conditions == rules.conditions
     }
 
+    digests = Digests(client)
+
     def look(entry: Found) -> Row | Task:
-        return _look(client, entry, rules, refused, stop)
+        return _look(digests, entry, rules, refused, stop)
 
     with ThreadPoolExecutor(_LOOKING_THREADS, thread_name_prefix="look") as pool:
         looks = [pool.submit(look, entry) for entry in found]
@@ -237,7 +239,7 @@ def _plan(client: MlflowClient, rules: Rules, previous: Summary | None, stop: th
 
 
 def _look(
-    client: MlflowClient, entry: Found, rules: Rules, refused: Mapping[tuple[str, str, str], Row], stop: threading.Event
+    digests: Digests, entry: Found, rules: Rules, refused: Mapping[tuple[str, str, str], Row], stop: threading.Event
 ) -> Row | Task:
     """What is known of a version without an audit, or the task of auditing it."""
     facts = entry.facts
@@ -246,7 +248,7 @@ def _look(
         standing = standing_of(facts, rules.requirements, digest=None)
         trusted = rules.trusts and not rules.options.again and _is_current(standing, entry, rules)
         if (trusted or known is not None) and not stop.is_set():
-            digest = with_retries(lambda: digest_now(client, facts.name, facts.version), stop)
+            digest = with_retries(lambda: digests.now(facts.name, facts.version, entry.source), stop)
             if trusted and _is_current(standing_of(facts, rules.requirements, digest=digest), entry, rules):
                 return _earlier(entry, standing)
             if known is not None and known.digest == digest:

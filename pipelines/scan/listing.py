@@ -79,6 +79,7 @@ class Found:
         is_promoted: it holds an alias or stage that the policy protects.
         model_tags: tags of the registered model; untrusted, as those of the version are.
         poses_as_prompt: a tag hides it from MLflow's own search, although it has files.
+        source: where its files are, as the registry names it.
     """
 
     facts: VersionFacts
@@ -86,6 +87,7 @@ class Found:
     is_promoted: bool
     model_tags: Mapping[str, str]
     poses_as_prompt: bool
+    source: str
 
 
 def find_versions(client: MlflowClient, scope: Scope, gate: GatePolicy) -> list[Found]:
@@ -111,7 +113,7 @@ def find_versions(client: MlflowClient, scope: Scope, gate: GatePolicy) -> list[
             and (begin is None or facts.created >= begin)
         ):
             tags = dict(model.tags) if model else {}
-            found[facts.uri] = Found(facts, tuple(held), promoted, tags, bool(version._is_prompt()))
+            found[facts.uri] = Found(facts, tuple(held), promoted, tags, bool(version._is_prompt()), version.source or "")
     return sorted(found.values(), key=lambda entry: (not entry.is_promoted, -entry.facts.created.timestamp(), entry.facts.uri))
 
 

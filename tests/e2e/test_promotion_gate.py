@@ -507,7 +507,7 @@ def test_without_keys_or_with_a_broken_policy_nothing_is_promoted(make_version, 
         refused(lambda: other.set_registered_model_alias(version.name, "champion", "1"), "No verifying keys")
     broken = tmp_path / "audit.toml"
     broken.write_text("[gates]\n", encoding="utf-8")
-    from mlflow_plugins.registry_store import audited_store
+    from mlflow_plugins.entry import audited_store
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKDOOR_AUDIT_POLICY", str(broken))

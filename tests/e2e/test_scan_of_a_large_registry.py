@@ -28,7 +28,7 @@ def _peak_bytes(pid: int) -> int:
 
 
 def test_a_large_registry(start_server, tmp_path, capsys):
-    with start_server(tmp_path) as address:
+    with start_server(tmp_path, "--app-name", "backdoor-audit") as address:
         registry = ScannedRegistry(tmp_path, address)
         for number in range(VERSIONS):
             registry.add(

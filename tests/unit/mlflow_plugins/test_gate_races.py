@@ -14,7 +14,8 @@ from audit_plugin.attestation import SIGNING_KEY, TAG_OF, VERIFYING_KEYS, genera
 from audit_plugin.registry import facts_of, statement_on
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins import registry_store
-from mlflow_plugins.registry_store import artifact_digest, audited_store
+from mlflow_plugins.entry import audited_store
+from mlflow_plugins.registry_store import artifact_digest
 
 
 @pytest.fixture(scope="module")

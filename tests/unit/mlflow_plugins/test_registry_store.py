@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -18,7 +19,8 @@ from mlflow.tracking._model_registry.utils import _get_store_registry
 
 from audit_plugin.errors import AttestationError
 from audit_plugin.manifest import digest_of, manifest_of
-from mlflow_plugins.registry_store import PromotionGate, WorkspacePromotionGate, artifact_digest, audited_store
+from mlflow_plugins.entry import audited_store
+from mlflow_plugins.registry_store import PromotionGate, WorkspacePromotionGate, artifact_digest
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,6 +80,13 @@ def test_the_server_need_not_load_what_audits_need():
     code = f"import sys, mlflow_plugins.registry_store; print([name for name in {heavy} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_client_need_not_load_a_database():
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    code = "import sys, mlflow; mlflow.MlflowClient()._get_registry_client(); print('sqlalchemy' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert answer.stdout.strip() == "False"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ HIDING = "mlflow.prompt.is_prompt"
 
 
 def found(name="digits", tags=None, model_tags=None):
-    return Found(VersionFacts(name, "1", NOW, tags or {}), (), False, model_tags or {}, False)
+    return Found(VersionFacts(name, "1", NOW, tags or {}), (), False, model_tags or {}, False, "mlflow-artifacts:/x")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Hashing versions for a scan: what the server is asked, and what of its answers is believed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from pipelines.scan import digest
+from pipelines.scan.digest import Digests
+
+SAID, FETCHED = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+BEHIND_SERVER = "mlflow-artifacts:/models/1"
+
+
+class Server:
+    """Stands in for the MLflow server: gives ``answers`` one after the other, and counts."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers, self.asked = list(answers), 0
+
+    def __call__(self, *arguments, **settings):
+        answer = self.answers[min(self.asked, len(self.answers) - 1)]
+        self.asked += 1
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, int):
+            return SimpleNamespace(status_code=answer)
+        return SimpleNamespace(status_code=200, json=lambda: answer)
+
+
+@pytest.fixture
+def digests_of(monkeypatch):
+    """``digests_of(server)``: what is fetched instead has its own digest."""
+
+    def make(server, address="http://127.0.0.1:9"):
+        monkeypatch.setattr(digest, "http_request", server)
+        monkeypatch.setattr(Digests, "_fetched", lambda *_: FETCHED)
+        return Digests(MlflowClient(address, address))
+
+    return make
+
+
+def test_a_server_with_the_page_is_asked_for_every_version(digests_of):
+    server = Server({"digest": SAID})
+    digests = digests_of(server)
+    assert [digests.now("digits", version, BEHIND_SERVER) for version in "12345"] == [SAID] * 5
+    assert server.asked == 5
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [404, 403, 503, 302, {"digest": None}, {"digest": "sha256:x"}, {"digest": [SAID]}, {}, [SAID], "text", requests.Timeout()],
+)
+def test_whatever_is_no_digest_is_fetched_and_the_server_soon_left_alone(digests_of, answer):
+    server = Server(answer)
+    digests = digests_of(server)
+    assert [digests.now("digits", version, BEHIND_SERVER) for version in "12345"] == [FETCHED] * 5
+    assert server.asked == 3
+
+
+def test_a_busy_server_is_asked_again(digests_of):
+    server = Server(503, 503, {"digest": SAID}, 503, 503, {"digest": SAID})
+    digests = digests_of(server)
+    assert [digests.now("digits", version, BEHIND_SERVER) for version in "123456"] == [FETCHED, FETCHED, SAID] * 2
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("http://127.0.0.1:9", "s3://bucket/models/1"),
+        ("http://127.0.0.1:9", "/srv/models/1"),
+        ("http://127.0.0.1:9", ""),
+        ("sqlite:///mlflow.db", BEHIND_SERVER),
+    ],
+)
+def test_files_that_do_not_pass_through_the_server_are_hashed_here(digests_of, address, source):
+    server = Server({"digest": SAID})
+    assert digests_of(server, address).now("digits", "1", source) == FETCHED
+    assert server.asked == 0
