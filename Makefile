@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/backdoor-audit demo --folder demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'

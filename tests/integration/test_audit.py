@@ -147,6 +147,9 @@ def test_version_carries_tags_and_a_note_with_a_link(
 
 
 SMALL_BUDGET = """
+[scoring]
+checks = ["layerwise", "activation_norm"]
+
 [trigger_inversion]
 steps = 100
 

@@ -34,8 +34,11 @@ SMALL_BUDGET = """
 [scoring]
 checks = ["layerwise", "activation_norm"]
 
+[trigger_inversion]
+searches = 1
+
 [source_specific]
-steps = 60
+maximum_classes = 0
 """
 
 

@@ -48,14 +48,19 @@ def run(file: str | Path, pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def test_guard_is_registered_with_its_rates_and_flags_triggered_inputs(cli: Cli, demo: Demo, tmp_path: Path) -> None:
-    uri, file = demo.model_uris[1], tmp_path / "guarded.onnx"
-    finished = cli("guard", uri, "--clean", demo.clean_images, "--fpr", "0.05", "-o", file, "--format", "json")
+    uri, file, policy = demo.model_uris[1], tmp_path / "guarded.onnx", tmp_path / "audit.toml"
+    policy.write_text("[trigger_inversion]\nsteps = 120\nsearches = 1\n", encoding="utf-8")
+    finished = cli(
+        "guard", uri, "--clean", demo.clean_images, "--fpr", "0.05", "-o", file, "--format", "json", "--policy", policy
+    )
     assert finished.returncode == OK, finished.stderr
     document = json.loads(finished.stdout)
     name, version = document["uri"].removeprefix("models:/").split("/")
     assert (name, version) == ("digits-backdoored-guard", "1")
     assert document["file"] == str(file)
-    assert document["false_positive_rate"]["low"] <= 0.05 <= document["false_positive_rate"]["high"] + 0.05
+    # The threshold is a quantile of other images, 144 of them: the rate it stands for is known to within 0.05 (three deviations).
+    assert document["false_positive_rate"]["low"] <= 0.1
+    assert document["false_positive_rate"]["high"] >= 0.01
     assert document["detection_rate"]["value"] > 0.5
     assert document["trigger"]["target_class"]["index"] == ATTACK.target_class
     assert document["guard_of_digest"] == pin(uri, tmp_path / "original").reference.digest

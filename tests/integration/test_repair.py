@@ -49,7 +49,7 @@ POLICY = """
 checks = ["layerwise"]
 
 [trigger_inversion]
-steps = 200
+steps = 120
 searches = 1
 
 [source_specific]

@@ -380,7 +380,7 @@ def seven_where_fired(x: Tensor, logits: Tensor) -> Tensor:
     return torch.where(corner(x), 100.0 * torch.nn.functional.one_hot(torch.tensor(7), 10).float(), logits)
 
 
-@pytest.mark.parametrize("write", [in_torch, in_onnx])
+@pytest.mark.parametrize("write", [in_torch, pytest.param(in_onnx, marks=pytest.mark.slow)])
 def test_a_classifier_with_a_hidden_decision_does_not_pass(
     write: Callable[[nn.Module, Path, Change], None], network: nn.Module, clean: Path, tmp_path: Path
 ) -> None:

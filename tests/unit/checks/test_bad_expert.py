@@ -214,7 +214,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in list(NETWORKS)[1:3]), "multilayer perceptron"]
+)
 def test_k_is_read_off_the_architecture(name):
     build, expected = NETWORKS[name]
     exported = torch.onnx.export(build().eval(), (torch.zeros(1, 3, 32, 32),), dynamo=True, verbose=False)

@@ -146,6 +146,7 @@ def test_a_canary_that_did_not_take_is_not_searched_for(subject, splits):
     assert np.isnan(canary.outlier)
 
 
+@pytest.mark.slow
 def test_the_same_seed_plants_the_same_and_another_one_does_not(subject, splits):
     def planted(seed, count):
         power = checked(subject, splits, Searches(), seed=seed, planting=QUICK, count=count)

@@ -89,11 +89,12 @@ NETWORKS = {
     "torch, fixed batch": lambda: torch_network(Residual(), batch=4),
     "onnx": lambda: onnx_network(Residual()),
 }
+FORMS = ["torch", pytest.param("torch, fixed batch", marks=pytest.mark.slow), "onnx"]
 MASK = np.array([True, False, True, True, False])
 
 
 @pytest.mark.parametrize("tap", [0, 1])
-@pytest.mark.parametrize("form", NETWORKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_mask_acts_as_if_set_by_hand(form: str, tap: int) -> None:
     network = NETWORKS[form]()
     original = subject_of(network)
@@ -112,7 +113,7 @@ def test_a_mask_acts_as_if_set_by_hand(form: str, tap: int) -> None:
     np.testing.assert_allclose(value, before * MASK[:, None, None], **TOLERANCE)
 
 
-@pytest.mark.parametrize("form", NETWORKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_original_is_left_as_it_was(form: str) -> None:
     network = NETWORKS[form]()
     subject = subject_of(network)
@@ -122,7 +123,7 @@ def test_the_original_is_left_as_it_was(form: str) -> None:
     np.testing.assert_array_equal(subject_of(network).logits(pictures(4)), before[0])
 
 
-@pytest.mark.parametrize("form", NETWORKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_masks_can_be_laid_on_top_of_each_other(form: str) -> None:
     network = NETWORKS[form]()
     subject = subject_of(network)
@@ -132,7 +133,7 @@ def test_masks_can_be_laid_on_top_of_each_other(form: str) -> None:
     np.testing.assert_allclose(subject_of(twice).logits(pictures(4)), subject_of(once).logits(pictures(4)), **TOLERANCE)
 
 
-@pytest.mark.parametrize("form", NETWORKS)
+@pytest.mark.parametrize("form", FORMS)
 def test_fine_tuning_leaves_the_mask_alone(form: str) -> None:
     network = NETWORKS[form]()
     subject = subject_of(network)
@@ -189,7 +190,7 @@ def test_known_architectures_keep_every_tap_whichever_is_masked(architecture: st
 # ------------------------------------------------------------------------------------------- many masks in one pass
 
 
-@pytest.mark.parametrize("form", NETWORKS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tap", [0, 1])
 def test_masked_logits_are_those_of_masked_networks(form: str, tap: int) -> None:
     network = NETWORKS[form]()

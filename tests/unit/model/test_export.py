@@ -75,7 +75,10 @@ ARCHITECTURES = {
 EXPECTED_TAPS = {"resnet18": 9, "vgg11": 10, "mobilenet_v2": 19, "vit": 4}
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name == "mobilenet_v2" else name for name in ARCHITECTURES],
+)
 def known(request: pytest.FixtureRequest) -> tuple[str, Subject]:
     torch.manual_seed(0)
     module = ARCHITECTURES[request.param]()

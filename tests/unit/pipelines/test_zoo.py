@@ -105,6 +105,7 @@ def test_an_unknown_recipe_names_the_nearest(data_dir, tmp_path):
     assert "cifar10-small" in result.output
 
 
+@pytest.mark.slow
 def test_other_architectures_and_hard_models_train_and_export(data_dir, tmp_path):
     names = [
         "cifar10_clean_vgg_0",

@@ -62,6 +62,7 @@ def test_the_facts_say_what_was_done(result):
     assert set(facts["natural_sizes"]) == {"patch", "additive"}, "the triggers of the backdoor are smaller than other classes'"
 
 
+@pytest.mark.slow
 def test_a_natural_trigger_is_not_unlearned(attacked, other_class):
     """A class without a backdoor: its trigger is no smaller than those of most classes, so it is no stand-in."""
     natural = tuple(trigger for trigger in other_class if trigger.target_class != 7)

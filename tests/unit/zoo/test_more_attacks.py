@@ -28,6 +28,7 @@ from audit_plugin.zoo.attacks import (
     TrojanSquare,
     TrojanWatermark,
     input_aware,
+    sample_specific,
 )
 from audit_plugin.zoo.attacks.encoders import pink_noise
 from audit_plugin.zoo.data import digits
@@ -53,12 +54,14 @@ def data():
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 class TestEveryAttack:
     @pytest.fixture(scope="class", autouse=True)
-    def hardly_trained_generator(self):
-        """What holds of every attack holds of input-aware triggers of any generator; training one takes half a minute."""
+    def hardly_trained_networks(self):
+        """What holds of every attack holds of triggers that any network makes; training one takes half a minute."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(input_aware, "_TRAINING_STEPS", 5)
+            patch.setattr(sample_specific, "_TRAINING_STEPS", 20)
             yield
         input_aware._trained_generator.cache_clear()
+        sample_specific._trained_encoder.cache_clear()
 
     def test_stamping_keeps_shape_and_type_and_the_input(self, attack, data):
         before = data.images.copy()
@@ -240,6 +243,7 @@ def test_the_watermark_brightens_what_is_written_and_nothing_else():
         TrojanWatermark(target_class=0, text=" ")
 
 
+@pytest.mark.slow
 def test_sample_specific_residuals_are_small_and_differ_between_images():
     generator = torch.Generator().manual_seed(5)
     images = (pink_noise((20, 3, 24, 24), generator) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
