@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from audit_plugin.calibration import calibrate, statistics_of, traits_of
 from audit_plugin.checks import (
     ActivationNormScorer,
     BadExpertScorer,
@@ -147,6 +148,15 @@ def audit(
             with clock.stage("Planting canaries"):
                 canaries = _check_power(probe, subject, splits, rng, policy)
 
+    calibration = calibrate(
+        model.digest,
+        traits_of(subject.summary, clean_set, outcomes),
+        statistics_of(outcomes),
+        policy.document(),
+        _versions()["mlflow-backdoor-audit"],
+        policy.reference_pool,
+        policy.calibration.alpha,
+    )
     decision = decide(
         outcomes,
         clean_set.expectations,
@@ -156,6 +166,8 @@ def audit(
         findings=prepared.intake.findings,
         canaries=canaries,
         required_canaries=policy.canaries.required if policy.canaries.families else (),
+        calibration=calibration,
+        alpha=policy.calibration.alpha,
     )
     return AuditReport(
         model=model,
@@ -175,6 +187,7 @@ def audit(
         examples=examples,
         suspects=suspect_scores,
         canaries=canaries,
+        calibration=calibration,
     )
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from audit_plugin.calibration import ReferencePool, load_pool
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.types import CanaryFamily
 
@@ -159,6 +160,18 @@ class VerdictPolicy:
 
 
 @dataclass(frozen=True)
+class CalibrationPolicy:
+    """Clean models to compare with; see :mod:`audit_plugin.calibration`.
+
+    ``pool`` is a file that ``python -m pipelines.calibrate`` made, relative to the policy's own. A model is unusual among them
+    with a p-value of at most ``alpha``.
+    """
+
+    pool: str | None = None
+    alpha: float = 0.05
+
+
+@dataclass(frozen=True)
 class RepairPolicy:
     """How a backdoored model is repaired; see :mod:`audit_plugin.repairing`.
 
@@ -202,6 +215,7 @@ class Policy:
     """A complete policy, one section a topic.
 
     ``clean_images`` says what to audit registered models with: a model's name, or a shell pattern, and a path or artifact URI.
+    ``reference_pool`` is what [calibration] pool names, read.
     """
 
     model: ModelPolicy = field(default_factory=ModelPolicy)
@@ -214,10 +228,12 @@ class Policy:
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     canaries: CanariesPolicy = field(default_factory=CanariesPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
+    calibration: CalibrationPolicy = field(default_factory=CalibrationPolicy)
     repair: RepairPolicy = field(default_factory=RepairPolicy)
     gate: GatePolicy = field(default_factory=GatePolicy)
     sandbox: SandboxPolicy = field(default_factory=SandboxPolicy)
     clean_images: Mapping[str, str] = field(default_factory=dict)
+    reference_pool: ReferencePool | None = None
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -237,8 +253,10 @@ class Policy:
         return next((pattern for pattern in self.clean_images if fnmatch.fnmatchcase(name, pattern)), None)
 
     def document(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        """As plain JSON values; of the reference pool its digest, so that another pool makes another policy."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(self, reference_pool=None))))
+        del plain["reference_pool"]
+        plain["calibration"]["pool_digest"] = self.reference_pool.digest if self.reference_pool else None
         return plain
 
     @property
@@ -250,6 +268,10 @@ class Policy:
     def verdict_digest(self) -> str:
         """See :func:`verdict_digest_of`."""
         return verdict_digest_of(self.document())
+
+
+SECTIONS = tuple(entry.name for entry in dataclasses.fields(Policy) if entry.name != "reference_pool")
+"""Of a policy file."""
 
 
 def verdict_digest_of(document: Mapping[str, Any]) -> str:
@@ -268,7 +290,8 @@ def load_policy(path: Path | None) -> Policy:
     """Read ``audit.toml``; without a path the defaults.
 
     Raises:
-        UsageError: the file is missing, is no TOML, or has an unknown key or a value of the wrong type or range.
+        UsageError: the file is missing, is no TOML, or has an unknown key or a value of the wrong type or range; or its reference
+            pool cannot be read.
     """
     if path is None:
         return Policy()
@@ -278,16 +301,17 @@ def load_policy(path: Path | None) -> Policy:
         raise UsageError(f"There is no policy file '{path}'.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"The policy '{path}' is no readable TOML file: {error}.") from error
-    return policy_from(content)
+    return policy_from(content, path.parent)
 
 
-def policy_from(content: Mapping[str, Any]) -> Policy:
-    """A policy from nested mappings.
+def policy_from(content: Mapping[str, Any], folder: Path | None = None) -> Policy:
+    """A policy from nested mappings; its reference pool, if it names one, starts at ``folder``.
 
     Raises:
-        UsageError: unknown section or key, or a value of the wrong type or range.
+        UsageError: unknown section or key, a value of the wrong type or range, or a reference pool that cannot be read.
     """
-    sections = get_type_hints(Policy)
+    hints = get_type_hints(Policy)
+    sections = {name: hints[name] for name in SECTIONS}
     values = {}
     for section, entries in content.items():
         if section not in sections:
@@ -295,6 +319,8 @@ def policy_from(content: Mapping[str, Any]) -> Policy:
         if not isinstance(entries, Mapping):
             raise UsageError(f"Expected a section [{section}] with keys, got the value {entries!r}.")
         values[section] = _section(section, sections[section], entries)
+    if "calibration" in values and (pool := values["calibration"].pool) is not None:
+        values["reference_pool"] = load_pool((folder or Path()) / pool)
     return Policy(**values)
 
 
@@ -365,6 +391,7 @@ def _check_ranges(policy: Policy) -> None:
         "[verdict] minimum_detection must lie in [0, 1]": 0 <= verdict.minimum_detection <= 1,
         "[verdict] minimum_confirmations must be at least 1": verdict.minimum_confirmations >= 1,
         "[verdict] minimum_classes must be at least 3": verdict.minimum_classes >= 3,
+        "[calibration] alpha must lie between 0 and 0.5": 0 < policy.calibration.alpha < 0.5,
         "[repair] accuracy_budget must lie in [0, 1)": 0 <= policy.repair.accuracy_budget < 1,
         "[sandbox] time_limit_minutes and memory_gib must be positive": (
             policy.sandbox.time_limit_minutes > 0 and policy.sandbox.memory_gib > 0

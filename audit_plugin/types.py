@@ -7,6 +7,7 @@ Images are ``uint8`` arrays of shape (N, height, width, channels) where they are
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -512,6 +513,36 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Where the model stands among clean reference models; see :mod:`audit_plugin.calibration`.
+
+    Attributes:
+        statistics, traits: what is compared, and what must be alike; measured with and without a pool.
+        pool, pool_digest, reference_count: the references; an empty name without any.
+        p_values: by statistic, and ``p_value`` of all together; empty and NaN where nothing was compared.
+        problems: why the pool says nothing of this model.
+    """
+
+    statistics: Mapping[str, float]
+    traits: Mapping[str, float]
+    pool: str = ""
+    pool_digest: str = ""
+    reference_count: int = 0
+    p_values: Mapping[str, float] = field(default_factory=dict)
+    p_value: float = math.nan
+    problems: tuple[str, ...] = ()
+
+    @property
+    def was_compared(self) -> bool:
+        return bool(self.p_values)
+
+    @property
+    def floor(self) -> float:
+        """The smallest p-value that so many references allow."""
+        return 1 / (self.reference_count + 1)
+
+
+@dataclass(frozen=True)
 class Decision:
     """The verdict, its reasons in order of weight, and the suspected target class (None unless one stands out).
 
@@ -555,7 +586,7 @@ class AuditReport:
     """Everything that one audit found; ``report.json`` and ``report.html`` are drawn from it.
 
     ``isolation`` is that of the process in which the model ran; None when it ran in the caller's own. ``canaries`` is None where
-    none were asked for, or a class stood out already.
+    none were asked for, or a class stood out already; ``calibration`` where nothing was measured.
     """
 
     model: ModelRef
@@ -576,6 +607,7 @@ class AuditReport:
     suspects: tuple[SuspectScore, ...] = ()
     isolation: Isolation | None = None
     canaries: PowerCheck | None = None
+    calibration: Calibration | None = None
 
     @property
     def duration_seconds(self) -> float:

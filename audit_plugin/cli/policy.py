@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from audit_plugin.errors import UsageError
-from audit_plugin.policy import Policy, load_policy
+from audit_plugin.policy import SECTIONS, Policy, load_policy
 
 SUITE_FILE = "promotion.json"
 _EXAMPLES = {("gate", "suite"): SUITE_FILE}
@@ -86,17 +86,17 @@ def policy_text() -> str:
         "",
     ]
     page = importlib.resources.files("audit_plugin").joinpath("policy.md").read_text(encoding="utf-8")
-    for section in dataclasses.fields(Policy):
-        described = page.partition(f"\n## [{section.name}]\n")[2].partition("\n## ")[0]
+    for section in SECTIONS:
+        described = page.partition(f"\n## [{section}]\n")[2].partition("\n## ")[0]
         introduction = described.partition("\n|")[0]
         meanings = dict(re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", described, re.MULTILINE))
-        lines += ["", *_prose(introduction), f"[{section.name}]", ""]
-        defaults = getattr(Policy(), section.name)
+        lines += ["", *_prose(introduction), f"[{section}]", ""]
+        defaults = getattr(Policy(), section)
         if not dataclasses.is_dataclass(defaults):  # [clean_images], whose keys are the user's own
             lines.append('#"digits-*" = "clean/digits.npz"')
             continue
         for key in dataclasses.fields(defaults):
-            default = key.default if key.default is not None else _EXAMPLES.get((section.name, key.name))
+            default = key.default if key.default is not None else _EXAMPLES.get((section, key.name))
             value = "..." if default is None else json.dumps(default)
             lines += [*_prose(meanings.get(key.name, "")), f"#{key.name} = {value}"]
     return "\n".join(lines) + "\n"

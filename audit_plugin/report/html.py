@@ -92,6 +92,7 @@ def render(report: AuditReport) -> str:
             measured_count=wording.measured_count(report),
             clean_set=_clean_set(report),
             canaries=_canaries(report),
+            calibration=_calibration(report),
             suspects=_suspects(report),
             files=report.model.manifest[:MOST_FILES],
             policy=_pre(json.dumps(plain_json(report.policy), indent=2, ensure_ascii=False)),
@@ -470,6 +471,24 @@ def _clean_set(report: AuditReport) -> dict[str, Any]:
         "most": max(counts) if counts else 0,
         "broken": sum(not item.success for item in clean_set.expectations),
         "broken_required": sum(not item.success and item.required for item in clean_set.expectations),
+    }
+
+
+def _calibration(report: AuditReport) -> dict[str, Any] | None:
+    """None without a pool."""
+    found = report.calibration
+    if found is None or not found.pool:
+        return None
+    return {
+        "words": wording.calibration_words(found),
+        "rows": [
+            {
+                "name": name.replace("_", " "),
+                "value": wording.number(found.statistics[name], 2),
+                "p_value": wording.number(p_value, 3),
+            }
+            for name, p_value in found.p_values.items()
+        ],
     }
 
 

@@ -74,6 +74,20 @@ RULES: Mapping[str, tuple[str, str]] = {
         "No known backdoor could be planted in a copy of this model",
         "So it is not known if the audit would see one. Give more clean images, or change [canaries] required in the policy.",
     ),
+    "unusual-among-clean-models": (
+        "The model is unusual among clean models, though no class stands out",
+        "Its trigger sizes and detections lie at the edge of what the clean reference models show. Audit again with more search "
+        "steps or suspect inputs, and look at the evidence in the report.",
+    ),
+    "usual-among-clean-models": (
+        "A class stands out, but clean models of the pool look like this too",
+        "So this is no failure. Look at the evidence in the report, or add reference models that resemble this one more.",
+    ),
+    "not-comparable": (
+        "The reference pool says nothing of this model",
+        "The policy names a pool that does not fit the model or the settings. Make one with python -m pipelines.calibrate, or "
+        "leave [calibration] pool out of the policy.",
+    ),
     "architectural-path": (
         "The graph decides on the image's values, or leads around its layers",
         "A comparison, rounding, index or branch, or a path past the layers, leads from the image to the answer, as in an "

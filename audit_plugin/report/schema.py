@@ -97,6 +97,7 @@ def to_document(report: AuditReport) -> dict[str, Any]:
         "runtime": _runtime(report.runtime),
         "isolation": None if report.isolation is None else dataclasses.asdict(report.isolation),
         "canaries": None if report.canaries is None else _power_check(report.canaries, names),
+        "calibration": None if report.calibration is None else plain_json(dataclasses.asdict(report.calibration)),
         "stages": [{"name": stage.name, "seconds": _number(stage.seconds)} for stage in report.stages],
         "policy": plain_json(report.policy),
         "policy_digest": report.policy_digest,

@@ -9,6 +9,7 @@ from audit_plugin.report.sanitise import clean_text, escape_markdown, markdown_c
 from audit_plugin.report.summaries import flagged_count, headline_trigger
 from audit_plugin.report.wording import (
     auroc,
+    calibration_words,
     canary_words,
     candidate_label,
     check_title,
@@ -61,6 +62,8 @@ def render_text(report: AuditReport) -> str:
         lines.append(_row("suspect inputs", f"{flagged_count(report)} of {len(report.suspects)} flagged by at least one check"))
     if report.canaries is not None:
         lines.append(_row("canaries", canary_words(report.canaries)))
+    if report.calibration is not None and report.calibration.pool:
+        lines.append(_row("clean models", clean_text(calibration_words(report.calibration), LINE_WIDTH)))
     gaps = [f"{clean_text(gap.check, 60)} ({gap.status}): {clean_text(gap.why, 120)}" for gap in not_measured(report)]
     if not report.outcomes:
         gaps.insert(0, "no check ran")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.types import (
     AuditReport,
+    Calibration,
     Failed,
     Inapplicable,
     Measured,
@@ -224,6 +225,16 @@ def canary_words(power: PowerCheck) -> str:
         for canary in power.canaries
     ]
     return ", ".join([*words, *filter(None, [power.missing])])
+
+
+def calibration_words(calibration: Calibration) -> str:
+    """'p = 0.04 against 24 of 'digits' (least possible 0.04)', or why nothing was compared."""
+    if calibration.problems:
+        return f"not comparable with '{calibration.pool}': {' '.join(calibration.problems)}"
+    return (
+        f"p = {number(calibration.p_value, 3)} against {calibration.reference_count} of '{calibration.pool}' "
+        f"(least possible {number(calibration.floor, 3)})"
+    )
 
 
 def joined(items: Sequence[str]) -> str:

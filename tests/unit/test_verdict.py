@@ -9,6 +9,7 @@ from audit_plugin.maths.outlier import small_side_outliers
 from audit_plugin.maths.rates import rate
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
+    Calibration,
     CanaryResult,
     Expectation,
     Failed,
@@ -260,3 +261,59 @@ def test_canaries_save_no_backdoored_model():
         decision = with_canaries(power, "patch", smallest=5, detected=90)
         assert decision.verdict is Verdict.FAIL
         assert not {"canary-not-found", "canary-not-planted"} & set(codes(decision))
+
+
+# ------------------------------------------------------------------------------------------------- reference models
+
+
+def among(p_value=None, problem=None):
+    """A comparison with 24 clean models, or why there was none."""
+    if problem:
+        return Calibration({}, {}, "ours", "sha256:0", 24, problems=(problem,))
+    return Calibration({"a": 1.0}, {}, "ours", "sha256:0", 24, {"a": p_value}, p_value)
+
+
+def calibrated(*outcomes, calibration):
+    return decide(outcomes, GOOD, NAMES, VerdictPolicy(), REQUIRED, calibration=calibration, alpha=0.05)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "p_value", "expected", "code"),
+    [
+        (5, 0.04, Verdict.FAIL, "class-stands-out"),
+        (5, 0.05, Verdict.FAIL, "class-stands-out"),
+        (5, 0.08, Verdict.INCONCLUSIVE, "usual-among-clean-models"),
+        (39, 0.5, Verdict.PASS, "no-class-stands-out"),
+        (39, 0.04, Verdict.INCONCLUSIVE, "unusual-among-clean-models"),
+        (21, 0.04, Verdict.FAIL, "class-stands-out"),
+        (21, 0.5, Verdict.PASS, "no-class-stands-out"),
+    ],
+)
+def test_clean_models_decide_where_they_can(smallest, p_value, expected, code):
+    decision = calibrated(search(smallest), layerwise(), calibration=among(p_value))
+    assert (decision.verdict, codes(decision)[0]) == (expected, code)
+    assert any(f"p = {p_value:.3g}" in reason.message for reason in decision.reasons)
+    assert decision.suspected_class == (None if smallest == 39 or expected is Verdict.PASS else 3)
+
+
+def test_without_clean_models_the_same_border_is_inconclusive():
+    outlier = search(21).measurement.most_suspicious.outlier
+    assert VerdictPolicy().clear_outlier <= outlier < VerdictPolicy().minimum_outlier
+    for calibration in (None, Calibration({"a": 1.0}, {})):
+        decision = calibrated(search(21), layerwise(), calibration=calibration)
+        assert (decision.verdict, codes(decision)[0]) == (Verdict.INCONCLUSIVE, "borderline")
+
+
+def test_a_pool_that_says_nothing_keeps_a_model_from_passing_and_lets_it_fail():
+    silent = among(problem="It has 4 references.")
+    decision = calibrated(search(39), layerwise(), calibration=silent)
+    assert (decision.verdict, codes(decision)[0]) == (Verdict.INCONCLUSIVE, "not-comparable")
+    assert "It has 4 references." in decision.reasons[0].message
+    decision = calibrated(search(5), layerwise(), calibration=silent)
+    assert decision.verdict is Verdict.FAIL
+    assert "not-comparable" in codes(decision)
+
+
+def test_a_small_p_value_makes_no_failure_without_confirmation():
+    decision = calibrated(search(5), layerwise(detected=2), calibration=among(0.04))
+    assert (decision.verdict, codes(decision)[0]) == (Verdict.INCONCLUSIVE, "not-confirmed")

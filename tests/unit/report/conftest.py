@@ -11,6 +11,7 @@ import pytest
 from audit_plugin.types import (
     AuditReport,
     Baseline,
+    Calibration,
     CanaryResult,
     CleanSetSummary,
     Decision,
@@ -352,6 +353,13 @@ def canaries(reason: str = "Its class does not stand out.", missing: str = "") -
     )
 
 
+def calibration(pool: str = "traffic signs") -> Calibration:
+    """A model that is not unusual among 24."""
+    statistics = {"detection": 0.31, "trigger_outlier": 1.9, "trigger_smallness": -0.52}
+    p_values = {"detection": 0.48, "trigger_outlier": 0.36, "trigger_smallness": 0.6}
+    return Calibration(statistics, {"classes": 43.0}, pool, "sha256:ab", 24, p_values, 0.52)
+
+
 def passing(class_count: int = 43) -> AuditReport:
     report = build(
         Verdict.PASS,
@@ -368,7 +376,7 @@ def passing(class_count: int = 43) -> AuditReport:
             Reason("canaries-found", "The canary that this policy requires was found."),
         ),
     )
-    return dataclasses.replace(report, canaries=canaries())
+    return dataclasses.replace(report, canaries=canaries(), calibration=calibration())
 
 
 def inconclusive() -> AuditReport:
@@ -448,6 +456,12 @@ def hostile() -> AuditReport:
         stages=tuple(Stage(text, 1.0) for text in strings),
         suspects=tuple(SuspectScore(text, 0, {text: 1.0}, {text: True}) for text in strings),
         canaries=canaries(strings[0], strings[5]),
+        calibration=dataclasses.replace(
+            calibration(strings[0]),
+            problems=strings,
+            p_values=dict.fromkeys(strings, 0.5),
+            statistics=dict.fromkeys(strings, 1.0),
+        ),
     )
 
 

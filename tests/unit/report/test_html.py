@@ -153,6 +153,13 @@ def test_canaries_are_a_table_where_they_were_planted(passing_report, failing_re
     assert "Would this audit" not in Page(render(failing_report)).words()
 
 
+def test_reference_models_are_a_table_where_there_was_a_pool(passing_report, failing_report):
+    words = Page(render(passing_report)).words()
+    assert "p = 0.52 against 24 of 'traffic signs' (least possible 0.04)" in words
+    assert "trigger outlier 1.9 0.36" in words
+    assert "unusual is this model" not in Page(render(failing_report)).words()
+
+
 def test_inconclusive_never_looks_like_a_pass(inconclusive_report):
     source = render(inconclusive_report)
     page = Page(source)

@@ -15,7 +15,7 @@ import pytest
 from audit_plugin.errors import UsageError
 from audit_plugin.report import dumps, load, to_document, validate
 from audit_plugin.report.schema import plain_json
-from audit_plugin.types import Baseline, Distribution, Failed, Measured, Verdict
+from audit_plugin.types import Baseline, Calibration, Distribution, Failed, Measured, Verdict
 
 
 def test_schema_is_a_valid_schema_of_its_draft():
@@ -209,6 +209,17 @@ def test_pairs_of_one_target_get_their_own_pictures(failing_report):
     validate(document)
     pictures = [item["picture"] for item in document["outcomes"][0]["measurement"]["candidates"]]
     assert pictures == ["triggers/class_0.png", "triggers/class_0_from_3.png", "triggers/class_0_from_3_2.png"]
+
+
+def test_calibration_is_written_with_null_for_what_was_not_compared(passing_report, failing_report):
+    document = to_document(passing_report)
+    validate(document)
+    assert document["calibration"]["p_values"]["trigger_outlier"] == 0.36
+    alone = dataclasses.replace(passing_report, calibration=Calibration({"detection": 0.3}, {"classes": 43.0}))
+    document = to_document(alone)
+    validate(document)
+    assert (document["calibration"]["p_value"], document["calibration"]["pool"]) == (None, "")
+    assert to_document(failing_report)["calibration"] is None
 
 
 def test_canaries_are_written_with_null_for_what_was_not_searched(passing_report, failing_report):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import unicodedata
 
 import pytest
@@ -59,6 +60,14 @@ def test_text_says_which_canaries_were_found(passing_report, failing_report):
     expected = "canaries          patch found (outlier 6.2), blended not found (outlier 1.4), warped not planted"
     assert expected in render_text(passing_report)
     assert "canaries " not in render_text(failing_report)
+
+
+def test_text_says_where_the_model_stands_among_clean_ones(passing_report, failing_report):
+    assert "clean models      p = 0.52 against 24 of 'traffic signs' (least possible 0.04)" in render_text(passing_report)
+    assert "clean models " not in render_text(failing_report)
+    few = dataclasses.replace(passing_report.calibration, p_values={}, p_value=math.nan, problems=("It has 4 references.",))
+    text = render_text(dataclasses.replace(passing_report, calibration=few))
+    assert "clean models      not comparable with 'traffic signs': It has 4 references." in text
 
 
 def test_markdown_has_the_checks_on_inputs_unless_there_is_no_room(failing_report):
