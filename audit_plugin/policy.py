@@ -163,8 +163,8 @@ class VerdictPolicy:
 class CalibrationPolicy:
     """Clean models to compare with; see :mod:`audit_plugin.calibration`.
 
-    ``pool`` is a file that ``python -m pipelines.calibrate`` made, relative to the policy's own. A model is unusual among them
-    with a p-value of at most ``alpha``.
+    ``pool`` is a file that ``python -m pipelines.calibrate`` made, relative to the policy's own. A model is unusual
+    among them with a p-value of at most ``alpha``.
     """
 
     pool: str | None = None

@@ -57,15 +57,19 @@ class RayEngine:
         remote = ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=_RETRIES)(_attempt)
         running: dict[Any, Task] = {}
         waiting = iter(tasks)
+
+        def fill() -> None:
+            while len(running) < self._jobs and (task := next(waiting, None)) is not None:
+                running[remote.remote(task)] = task
+
         try:
-            while not stop.is_set():
-                while len(running) < self._jobs and (task := next(waiting, None)) is not None:
-                    running[remote.remote(task)] = task
-                if not running:
-                    return
+            fill()
+            while running and not stop.is_set():
                 ready, _ = ray.wait(list(running), timeout=0.5)
                 for reference in ready:
-                    yield self._result(reference, running.pop(reference))
+                    task = running.pop(reference)
+                    fill()  # before whoever asked publishes the result: no worker waits for that
+                    yield self._result(reference, task)
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)

@@ -165,6 +165,15 @@ def small_digits() -> tuple[Recipe, ...]:
     )
 
 
+def digits_references() -> tuple[Recipe, ...]:
+    """Twelve more clean models of each architecture of :func:`small_digits`: what those may be compared with."""
+    return tuple(
+        Recipe(f"digits_reference_{architecture}_{index}", None, 400 + 2 * index + place, architecture, data="digits")
+        for index in range(12)
+        for place, architecture in enumerate(("cnn", "vgg"))
+    )
+
+
 def _in_turns(
     data: str,
     *,
@@ -207,6 +216,7 @@ RECIPES: Mapping[str, Callable[[], tuple[Recipe, ...]]] = {
     "cifar10-small": cifar10_small,
     "gtsrb-small": gtsrb_small,
     "digits": small_digits,
+    "digits-references": digits_references,
 }
 
 _Folder = Annotated[Path, typer.Argument(help="Where the models are, one folder each.")]

@@ -38,6 +38,9 @@ from audit_plugin.types import FitSplit, InputSpec, Isolation
 if TYPE_CHECKING:
     from pipelines.demo import Demo
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so in a shell's background job, and in all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing on a busy one
 hypothesis.settings.load_profile("any machine")
 

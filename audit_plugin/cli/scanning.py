@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -144,6 +145,8 @@ def _engine(choice: EngineChoice, jobs: int, address: str | None, cpus: float, g
         return RayEngine(address, jobs=jobs, cpus=cpus, gpus=gpus)
     from pipelines.scan.engine import LocalEngine
 
+    if jobs > 1:  # audits that each take all cores wait for each other; what the user has set is left alone
+        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     return LocalEngine(jobs)
 
 

@@ -159,8 +159,12 @@ def test_page_without_its_last_slash_leads_to_it(opening):
     ("environment", "message"),
     [
         ({"BACKDOOR_AUDIT_AUTH": "yes"}, "BACKDOOR_AUDIT_AUTH must be 'basic' or not set, got 'yes'."),
-        ({"BACKDOOR_AUDIT_AUTH": "basic"}, "A static secret key needs to be set"),
-        ({"BACKDOOR_AUDIT_AUTH": "basic", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"}, "MLFLOW_AUTH_ADMIN_PASSWORD"),
+        pytest.param({"BACKDOOR_AUDIT_AUTH": "basic"}, "A static secret key needs to be set", marks=pytest.mark.slow),
+        pytest.param(
+            {"BACKDOOR_AUDIT_AUTH": "basic", "MLFLOW_FLASK_SERVER_SECRET_KEY": "x"},
+            "MLFLOW_AUTH_ADMIN_PASSWORD",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_server_that_cannot_be_guarded_does_not_start(tmp_path, environment, message):

@@ -86,6 +86,7 @@ def test_a_pickle_inside_the_archive_is_refused(
     assert not list(tmp_path.glob("*.fired"))
 
 
+@pytest.mark.slow  # a control: that the attacks are some
 def test_the_same_files_run_code_when_torch_loads_them(attacks: dict, fired: Callable) -> None:
     assert fired({name: content for name, (content, _) in attacks.items()}) == {f"{name}.pt2" for name in ATTACKS}
 

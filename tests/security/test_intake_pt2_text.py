@@ -182,6 +182,7 @@ def test_text_that_torch_would_evaluate_is_refused(
     assert not list(tmp_path.glob("*.fired"))
 
 
+@pytest.mark.slow  # a control: that the attacks are some
 def test_the_same_files_run_code_when_torch_loads_them(edited_graph: Callable, fired: Callable) -> None:
     imported = {
         f"planted_{kind}.py": f"import os; os.mknod('imported_{kind}.pt2.fired')".encode() for kind in ("factory", "enumeration")

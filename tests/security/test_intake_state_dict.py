@@ -59,6 +59,7 @@ def test_a_pickle_that_does_more_than_tensors_is_refused(
     assert not list(tmp_path.glob("*.fired"))
 
 
+@pytest.mark.slow  # a control: that the attacks are some
 def test_the_same_files_run_code_when_torch_loads_them(fired: Callable) -> None:
     assert fired({f"{name}.pt": torch_file(name) for name in FIRING}) == {f"{name}.pt" for name in FIRING}
 

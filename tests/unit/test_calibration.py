@@ -23,6 +23,7 @@ from audit_plugin.calibration import (
 from audit_plugin.errors import UsageError
 from audit_plugin.maths.rates import rate
 from audit_plugin.policy import Policy, load_policy
+from audit_plugin.records import read_record, write_record
 from audit_plugin.types import InputScores, Measured, Threshold, Trigger, TriggerEvidence, TriggerSearch
 from tests.unit.report.conftest import passing
 
@@ -266,3 +267,9 @@ def test_a_policy_reads_its_pool_beside_it_and_its_digest_tells_pools_apart(tmp_
     second = load_policy(policy_file)
     assert second.digest != first.digest
     assert second.verdict_digest != first.verdict_digest
+
+
+def test_a_pool_goes_along_into_the_sandbox(tmp_path):
+    policy = Policy(reference_pool=pool_of(TABLE))
+    write_record(policy, tmp_path / "policy")
+    assert read_record(Policy, tmp_path / "policy") == policy

@@ -167,6 +167,7 @@ class Renumbered(nn.Module):
         return self.inner(pixels)[:, self.order]
 
 
+@pytest.mark.slow
 def test_with_classes_renumbered_the_targets_are_renumbered(trained, subject, splits, make_subject):
     order = np.random.default_rng(1).permutation(10)  # class order[i] is now called i
     renumbered = make_subject(Renumbered(trained, torch.from_numpy(order)), 1, 16)

@@ -93,7 +93,7 @@ FORMS = ["torch", pytest.param("torch, fixed batch", marks=pytest.mark.slow), "o
 MASK = np.array([True, False, True, True, False])
 
 
-@pytest.mark.parametrize("tap", [0, 1])
+@pytest.mark.parametrize("tap", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_acts_as_if_set_by_hand(form: str, tap: int) -> None:
     network = NETWORKS[form]()
@@ -174,7 +174,10 @@ KNOWN = {
 }
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), "vit"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)],
+)
 def test_known_architectures_keep_every_tap_whichever_is_masked(architecture: str) -> None:
     torch.manual_seed(0)
     network = torch_network(KNOWN[architecture](), size=32)
@@ -191,7 +194,7 @@ def test_known_architectures_keep_every_tap_whichever_is_masked(architecture: st
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tap", [0, 1])
+@pytest.mark.parametrize("tap", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_masked_logits_are_those_of_masked_networks(form: str, tap: int) -> None:
     network = NETWORKS[form]()
     subject = subject_of(network)

@@ -323,7 +323,7 @@ class FixedBatch(nn.Module):
         return self.inner(pixels).view(7, 10)
 
 
-@pytest.mark.parametrize("form", ["onnx", "fixed batch"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("fixed batch", marks=pytest.mark.slow)])
 def test_other_forms_of_the_model_are_repaired_alike(backdoored, trigger, result, form):
     module, splits, rest = backdoored
     subject = subject_in(form, FixedBatch(module) if form == "fixed batch" else module)
