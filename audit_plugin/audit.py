@@ -54,6 +54,7 @@ from audit_plugin.types import (
     SuspectScore,
     TriggerEvidence,
     TriggerSearch,
+    trigger_search,
 )
 from audit_plugin.verdict import decide
 
@@ -148,12 +149,13 @@ def audit(
             with clock.stage("Planting canaries"):
                 canaries = _check_power(probe, subject, splits, rng, policy)
 
+    versions = _versions()
     calibration = calibrate(
         model.digest,
         traits_of(subject.summary, clean_set, outcomes),
         statistics_of(outcomes),
         policy.document(),
-        _versions()["mlflow-backdoor-audit"],
+        versions["mlflow-backdoor-audit"],
         policy.reference_pool,
         policy.calibration.alpha,
     )
@@ -174,7 +176,7 @@ def audit(
         intake=prepared.intake,
         subject=subject.summary,
         clean_set=clean_set,
-        runtime=Runtime(subject.session.provider, _versions(), prepared.parity, PARITY_TOLERANCE),
+        runtime=Runtime(subject.session.provider, versions, prepared.parity, PARITY_TOLERANCE),
         outcomes=tuple(outcomes),
         decision=decision,
         policy=policy.document(),
@@ -182,7 +184,7 @@ def audit(
         seed=seed,
         command=command,
         created=created,
-        tool_version=_versions()["mlflow-backdoor-audit"],
+        tool_version=versions["mlflow-backdoor-audit"],
         stages=tuple(clock.stages),
         examples=examples,
         suspects=suspect_scores,
@@ -324,13 +326,8 @@ def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
 
 def _most_suspicious(outcomes: list[Outcome], policy: VerdictPolicy) -> TriggerEvidence | None:
     """The trigger to look at more closely: a class's, unless only a pair of classes stands out."""
-    searches = [
-        outcome.measurement
-        for outcome in outcomes
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates
-    ]
-    of_class = next((search.most_suspicious for search in searches if not search.is_source_specific), None)
-    of_pair = next((search.most_suspicious for search in searches if search.is_source_specific), None)
+    classes, pairs = trigger_search(outcomes), trigger_search(outcomes, of_pairs=True)
+    of_class, of_pair = (search.most_suspicious if search else None for search in (classes, pairs))
     if of_class and of_pair and of_class.outlier < policy.clear_outlier and of_pair.outlier >= policy.doubtful_pair_outlier:
         return of_pair
     return of_class

@@ -17,7 +17,6 @@ proven; what is measured of it (:data:`TRAITS`, and the settings of the audit) m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import statistics
@@ -29,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from audit_plugin.canonical import document_digest
 from audit_plugin.errors import UsageError
-from audit_plugin.types import Calibration, CleanSetSummary, InputScores, Measured, Outcome, SubjectSummary, TriggerSearch
+from audit_plugin.types import Calibration, CleanSetSummary, InputScores, Measured, Outcome, SubjectSummary, trigger_search
 
 TRAITS = ("classes", "channels", "height", "width", "clean_accuracy", "log_parameters", "log_patch_size", "log_additive_size")
 """What is measured of whether two models can be compared; the first four must be the same, the others near the pool's own."""
@@ -93,8 +93,7 @@ class ReferencePool:
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` of the document."""
-        canonical = json.dumps(self.document(), sort_keys=True, separators=(",", ":"))
-        return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+        return document_digest(self.document())
 
 
 def load_pool(path: Path) -> ReferencePool:
@@ -169,8 +168,8 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     Empty without a search; what is not finite is left out.
     """
     measurements = [outcome.measurement for outcome in outcomes if isinstance(outcome, Measured)]
-    search = next((found for found in measurements if isinstance(found, TriggerSearch) and not found.is_source_specific), None)
-    if search is None or not search.candidates:
+    search = trigger_search(outcomes)
+    if search is None:
         return {}
     patches = [found for found in search.candidates if found.trigger.family == "patch" and math.isfinite(found.outlier)]
     detections = [
@@ -200,15 +199,11 @@ def traits_of(subject: SubjectSummary, clean_set: CleanSetSummary, outcomes: Seq
         "clean_accuracy": clean_set.clean_accuracy.value,
         "log_parameters": math.log(max(subject.parameter_count, 1)),
     }
-    for outcome in outcomes:
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
-            search = outcome.measurement
-            if search.is_source_specific:
-                continue
-            for family in ("patch", "additive"):
-                sizes = [found.trigger.size for found in search.candidates if found.trigger.family == family]
-                if sizes and (median := statistics.median(sizes)) > 0:
-                    traits[f"log_{family}_size"] = math.log(median)
+    search = trigger_search(outcomes)
+    for family in ("patch", "additive"):
+        sizes = [found.trigger.size for found in search.candidates if found.trigger.family == family] if search else []
+        if sizes and (median := statistics.median(sizes)) > 0:
+            traits[f"log_{family}_size"] = math.log(median)
     return traits
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
 import json
 import re
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from audit_plugin.calibration import ReferencePool, load_pool
+from audit_plugin.canonical import document_digest
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.types import CanaryFamily
 
@@ -262,7 +262,7 @@ class Policy:
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` of the policy with all defaults filled in."""
-        return _digest(self.document())
+        return document_digest(self.document())
 
     @property
     def verdict_digest(self) -> str:
@@ -278,12 +278,7 @@ def verdict_digest_of(document: Mapping[str, Any]) -> str:
     """As :attr:`Policy.digest`, of what decides verdicts whatever the model: not [model], [repair], [gate], [sandbox] and
     [clean_images]."""
     others = ("model", "repair", "gate", "sandbox", "clean_images")
-    return _digest({name: section for name, section in document.items() if name not in others})
-
-
-def _digest(document: Mapping[str, Any]) -> str:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+    return document_digest({name: section for name, section in document.items() if name not in others})
 
 
 def load_policy(path: Path | None) -> Policy:

@@ -9,7 +9,6 @@ arguments are known that say something about a single row. ``mostly`` or a ``row
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import json
 import math
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from audit_plugin.canonical import document_digest
 from audit_plugin.data.expectations import build_expectation, ephemeral_context, exception_message
 from audit_plugin.errors import AuditError, UsageError, nearest
 from audit_plugin.report.sanitise import clean_text
@@ -206,8 +206,7 @@ class PromotionSuite:
     def digest(self) -> str:
         """``sha256:<hex>`` of what decides: types and arguments, in their order. To reword a description changes nothing."""
         decisive = [{"type": spec.get("type"), "kwargs": spec.get("kwargs")} for spec in self.expectations]
-        canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
-        return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+        return document_digest(decisive)
 
 
 @dataclass(frozen=True)

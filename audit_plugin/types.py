@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -365,6 +365,16 @@ class Failed:
 
 
 Outcome: TypeAlias = Measured | Inapplicable | Failed
+
+
+def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> TriggerSearch | None:
+    """The first measured search that found candidates, over classes or over pairs of them."""
+    for outcome in outcomes:
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
+            search = outcome.measurement
+            if search.candidates and search.is_source_specific == of_pairs:
+                return search
+    return None
 
 
 @dataclass(frozen=True)

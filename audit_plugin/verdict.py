@@ -44,6 +44,7 @@ from audit_plugin.types import (
     TriggerEvidence,
     TriggerSearch,
     Verdict,
+    trigger_search,
 )
 
 UNSEARCHED_PAIRS = "Source-specific backdoors (a trigger that works from one class only) were not searched for."
@@ -92,9 +93,9 @@ def decide(
     """
     measured = {outcome.check for outcome in outcomes if isinstance(outcome, Measured)}
     not_measured = tuple(check for check in required if check not in measured)
-    searches = [measurement for measurement in _measurements(outcomes) if isinstance(measurement, TriggerSearch)]
-    search = next((found for found in searches if found.candidates and not found.is_source_specific), None)
-    pairs = next((found for found in searches if found.is_source_specific and _fewest_compared(found)), None)
+    search, pairs = trigger_search(outcomes), trigger_search(outcomes, of_pairs=True)
+    if pairs is not None and not _fewest_compared(pairs):
+        pairs = None
     blind_spots = (*(() if pairs else (UNSEARCHED_PAIRS,)), *_blind_spots(canaries))
 
     def conclude(verdict: Verdict, reasons: Sequence[Reason], suspected: int | None = None) -> Decision:

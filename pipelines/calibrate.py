@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 import logging
-import sys
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +27,6 @@ from audit_plugin.report.sanitise import clean_text
 
 app = typer.Typer(help="Pools of clean reference models.", no_args_is_help=True)
 log = logging.getLogger("pipelines.calibrate")
-
-_Seed = Annotated[int, typer.Option(help="Of the splits and the searches.")]
 
 
 @app.callback()
@@ -48,7 +46,7 @@ def pool(
     clean: Annotated[str | None, typer.Option(help="Clean images, for models that are still to be audited.")] = None,
     policy_file: Annotated[Path | None, typer.Option("--policy", help="Policy file, for models still to be audited.")] = None,
     reports: Annotated[Path | None, typer.Option(help="Folder that keeps the reports of such audits, to resume.")] = None,
-    seed: _Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of the splits and the searches.")] = 0,
 ) -> None:
     """Make a pool of models that are known to be clean.
 
@@ -157,9 +155,9 @@ def _audited(model: str, clean: str, policy: Policy, policy_file: Path | None, r
         asked = json.dumps([pinned.reference.digest, policy.digest, seed, clean])
         folder = (reports or Path(temporary)) / hashlib.sha256(asked.encode()).hexdigest()[:16]
         if not (folder / "report.json").exists():
-            command = f"backdoor-audit run {model} --clean {clean} --seed {seed}"
-            command += f" --policy {policy_file}" if policy_file else ""
-            report = audit_pinned(pinned, clean, policy=policy, seed=seed, command=command)
+            command = ["backdoor-audit", "run", model, "--clean", clean, "--seed", str(seed)]
+            command += ["--policy", str(policy_file)] if policy_file else []
+            report = audit_pinned(pinned, clean, policy=policy, seed=seed, command=shlex.join(command))
             # Made beside its place, so that what is there is whole.
             folder.parent.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
@@ -169,4 +167,4 @@ def _audited(model: str, clean: str, policy: Policy, policy_file: Path | None, r
 
 
 if __name__ == "__main__":
-    sys.exit(app())
+    app()

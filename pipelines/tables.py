@@ -44,7 +44,6 @@ from audit_plugin.model.load import load_network
 from audit_plugin.model.subject import Subject, prepare_subject
 from audit_plugin.policy import Policy
 from audit_plugin.repair import REPAIRS
-from audit_plugin.report.summaries import trigger_searches
 from audit_plugin.types import (
     AuditReport,
     CalibrateSplit,
@@ -57,6 +56,7 @@ from audit_plugin.types import (
     TestSplit,
     Trigger,
     Verdict,
+    trigger_search,
 )
 from audit_plugin.zoo import attacks
 from pipelines.peers import INPUT_PEERS, MODEL_PEERS
@@ -348,11 +348,10 @@ def _audit(job: Job) -> Row:
 
 def judgement_of(report: AuditReport) -> Row:
     """The score is how far the smallest trigger of a class lies below the others; flagged is what the verdict fails."""
-    searches = [search for _, search in trigger_searches(report) if search.candidates]
-    of_class = next((search.most_suspicious for search in searches if not search.is_source_specific), None)
-    if of_class is None:
+    classes, pairs = trigger_search(report.outcomes), trigger_search(report.outcomes, of_pairs=True)
+    if classes is None:
         raise InapplicableError("; ".join(reason.message for reason in report.decision.reasons) or "No trigger search ran.")
-    of_pair = next((search.most_suspicious for search in searches if search.is_source_specific), None)
+    of_class, of_pair = classes.most_suspicious, pairs.most_suspicious if pairs else None
     return {
         "score": max(of_class.outlier, _NO_TRIGGER),
         "pair_score": max(of_pair.outlier, _NO_TRIGGER) if of_pair else None,

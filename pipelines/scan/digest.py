@@ -53,9 +53,9 @@ class Digests:
             RegistryError: there are no files.
             MlflowException, OSError: they cannot be read.
         """
-        return (urlparse(source).scheme == "mlflow-artifacts" and self._from_server(name, version)) or self._fetched(
-            name, version
-        )
+        passes_through_server = urlparse(source).scheme == "mlflow-artifacts"
+        said = self._from_server(name, version) if passes_through_server else None
+        return said or self._fetched(name, version)
 
     def _from_server(self, name: str, version: str) -> str | None:
         """None where the server has no such page, or does not say."""
