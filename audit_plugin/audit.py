@@ -21,12 +21,13 @@ from audit_plugin.checks import (
     FittedScorer,
     InputScorer,
     LayerwiseScorer,
+    MaximumMargin,
     Probe,
     SourceSpecificInversion,
     TriggerInversion,
 )
-from audit_plugin.checks.canaries import check_power
-from audit_plugin.checks.measurement import measure_probe, measure_scorer, run_check, victims
+from audit_plugin.checks.canaries import Standard, check_power
+from audit_plugin.checks.measurement import measure_classes, measure_probe, measure_scorer, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
 from audit_plugin.errors import InapplicableError, UsageError, nearest
@@ -54,6 +55,7 @@ from audit_plugin.types import (
     SuspectScore,
     TriggerEvidence,
     TriggerSearch,
+    class_margins,
     trigger_search,
 )
 from audit_plugin.verdict import decide
@@ -119,8 +121,8 @@ def audit(
     with clock.stage("Measuring the clean accuracy"):
         clean_set = _measure_clean_set(subject, prepared.clean, splits, str(clean), policy)
 
-    probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
-    required = [probe.name, *(scorer.name for scorer in scorers)]
+    margin, probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
+    required = [margin.name, probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
     canaries: PowerCheck | None = None
@@ -130,7 +132,7 @@ def audit(
     else:
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
-            outcomes.append(run_check(probe.name, lambda: _search(probe, subject, splits, rng, policy)))
+            outcomes += search_classes(margin, probe, subject, splits, rng, policy)
         of_class = _most_suspicious(outcomes, policy.verdict)
         if of_class is None or of_class.outlier < policy.verdict.minimum_outlier:  # else pairs have nothing to add
             with clock.stage("Searching for triggers between pairs of classes"):
@@ -145,9 +147,10 @@ def audit(
         if prepared.suspects is not None:
             with clock.stage("Scoring the suspect inputs"):
                 suspect_scores = _score_suspects(subject, prepared.suspects, outcomes, fitted)
-        if policy.canaries.families and of_class and of_class.outlier < policy.verdict.clear_outlier:  # else nothing can pass
-            with clock.stage("Planting canaries"):
-                canaries = _check_power(probe, subject, splits, rng, policy)
+        search = trigger_search(outcomes)
+        if policy.canaries.families and search and search.most_suspicious.outlier < policy.verdict.minimum_outlier:
+            with clock.stage("Planting canaries"):  # of a model that stands out nothing can make a pass
+                canaries = _check_power(probe, subject, splits, rng, policy, search)
 
     versions = _versions()
     calibration = calibrate(
@@ -195,9 +198,10 @@ def audit(
 
 def checks_of(
     policy: Policy, class_count: int, advance: Callable[[float], None]
-) -> tuple[TriggerInversion, Probe, list[InputScorer]]:
+) -> tuple[MaximumMargin, TriggerInversion, Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
+    margin = MaximumMargin(policy.maximum_margin.starts, policy.maximum_margin.steps)
     probe = TriggerInversion(
         steps=search.steps,
         images_per_step=min(search.images_per_step, max(_STAMPED_IMAGES_PER_STEP // class_count, _FEWEST_IMAGES_PER_STEP)),
@@ -213,7 +217,7 @@ def checks_of(
         maximum_classes=pairs.maximum_classes,
         progress=advance,
     )
-    return probe, pair_probe, scorers_of(policy)
+    return margin, probe, pair_probe, scorers_of(policy)
 
 
 def scorers_of(policy: Policy) -> list[InputScorer]:
@@ -239,14 +243,35 @@ def scorers_of(policy: Policy) -> list[InputScorer]:
     return [by_name[name] for name in names]
 
 
-def _search(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
+def search_classes(
+    margin: MaximumMargin,
+    probe: TriggerInversion,
+    subject: Subject,
+    splits: Splits,
+    rng: np.random.Generator,
+    policy: Policy,
+) -> list[Outcome]:
+    """How surely each class can be reached at all, and by how small a trigger."""
     search = policy.trigger_inversion
-    doubtful = (search.doubtful_from, search.doubtful_to)
-    return measure_probe(probe, subject, splits, rng, searches=search.searches, doubtful=doubtful)
+    classes = range(min(subject.class_count, search.maximum_classes))
+    reached = run_check(margin.name, lambda: measure_classes(margin, subject, classes, rng))
+    found = run_check(
+        probe.name,
+        lambda: measure_probe(
+            probe,
+            subject,
+            splits,
+            rng,
+            searches=search.searches,
+            doubtful=(search.doubtful_from, search.doubtful_to),
+            margins=class_margins([reached]),
+        ),
+    )
+    return [reached, found]
 
 
 def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:
-    """As :func:`_search`, keeping the pairs that stand out most; a doubtful result is one near what the verdict asks for."""
+    """Of pairs of classes, keeping those that stand out most; a doubtful result is one near what the verdict asks for."""
     asked = policy.verdict.doubtful_pair_outlier
     found = measure_probe(
         probe, subject, splits, rng, searches=policy.trigger_inversion.searches, doubtful=(asked - 1.0, asked + 2.0)
@@ -256,14 +281,14 @@ def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random
 
 
 def _check_power(
-    probe: TriggerInversion, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy
+    probe: TriggerInversion, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy, own: TriggerSearch
 ) -> PowerCheck:
-    """What the very search of this audit finds in copies that hide a known backdoor."""
+    """What one search like this audit's finds in copies that hide a known backdoor."""
 
     def search(planted: Subject, classes: Sequence[int]) -> TriggerSearch:
-        return _search(dataclasses.replace(probe, classes=classes), planted, splits, rng, policy)
+        return measure_probe(dataclasses.replace(probe, classes=classes), planted, splits, rng)
 
-    return check_power(subject, splits, search, policy.canaries, policy.verdict, rng)
+    return check_power(subject, splits, search, policy.canaries, Standard.of(own, policy.verdict), rng)
 
 
 class _Clock:

@@ -17,6 +17,7 @@ proven; what is measured of it (:data:`TRAITS`, and the settings of the audit) m
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import math
 import statistics
@@ -29,13 +30,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audit_plugin.canonical import document_digest
-from audit_plugin.errors import UsageError
-from audit_plugin.types import Calibration, CleanSetSummary, InputScores, Measured, Outcome, SubjectSummary, trigger_search
+from audit_plugin.errors import UsageError, nearest
+from audit_plugin.types import (
+    Calibration,
+    CleanSetSummary,
+    InputScores,
+    Measured,
+    Outcome,
+    SubjectSummary,
+    class_margins,
+    trigger_search,
+)
 
 TRAITS = ("classes", "channels", "height", "width", "clean_accuracy", "log_parameters", "log_patch_size", "log_additive_size")
 """What is measured of whether two models can be compared; the first four must be the same, the others near the pool's own."""
 
-SETTINGS = ("clean_set", "scoring", "layerwise", "bad_expert", "beniful", "trigger_inversion")
+SETTINGS = ("clean_set", "scoring", "layerwise", "bad_expert", "beniful", "trigger_inversion", "maximum_margin")
 """Sections of the policy that change what is measured; those of a pool and of an audit must be the same."""
 
 FEWEST_REFERENCES = 9  # below, not even one in ten can be told
@@ -94,6 +104,23 @@ class ReferencePool:
     def digest(self) -> str:
         """``sha256:<hex>`` of the document."""
         return document_digest(self.document())
+
+
+def find_pool(name: str, folder: Path) -> ReferencePool:
+    """The pool that a policy in ``folder`` names: a ``.json`` file, else one that is shipped.
+
+    Raises:
+        UsageError: there is none of that name, or the file is no pool.
+    """
+    if name.endswith(".json"):
+        return load_pool(folder / name)
+    with importlib.resources.as_file(importlib.resources.files(__package__) / "pools") as shipped:
+        names = sorted(path.stem for path in shipped.glob("*.json"))
+        if name not in names:
+            raise UsageError(
+                f"There is no shipped reference pool '{name}', and a file's name ends with .json.{nearest(name, names)}"
+            )
+        return load_pool(shipped / f"{name}.json")
 
 
 def load_pool(path: Path) -> ReferencePool:
@@ -161,8 +188,9 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Statistics of a whole model, higher is more suspicious; the maximum over its classes is taken inside each.
 
-    * ``trigger_outlier``: how far the smallest trigger of a class lies below the others', in the family where it is furthest;
+    * ``trigger_outlier``: by how much the most conspicuous class stands out, by its trigger and its margin;
     * ``trigger_smallness``: minus the log of the smallest patch that works, over the log of the image's points;
+    * ``margin``: log of the largest margin of a class over the next class's;
     * ``detection``: how much more often images with the recovered trigger are flagged than clean ones, averaged over the checks.
 
     Empty without a search; what is not finite is left out.
@@ -183,6 +211,8 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if patches:
         smallest = min(candidate.trigger.size for candidate in patches)
         found["trigger_smallness"] = -math.log(max(smallest, 1e-3)) / math.log(patches[0].trigger.mask.size)
+    if (margins := class_margins(outcomes)) is not None:
+        found["margin"] = math.log(max(*margins.ratios, 1.0))
     if detections:
         found["detection"] = statistics.fmean(detections)
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

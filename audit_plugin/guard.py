@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from audit_plugin.audit import checks_of
+from audit_plugin.audit import checks_of, search_classes
 from audit_plugin.checks import LayerwiseScorer
 from audit_plugin.checks.layerwise import FittedLayerwise
-from audit_plugin.checks.measurement import measure_probe, run_check, victims
+from audit_plugin.checks.measurement import victims
 from audit_plugin.errors import CleanSetError, ExportError, InapplicableError, UsageError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.maths.rates import quantile_threshold, rate_of
@@ -36,7 +36,7 @@ from audit_plugin.types import (
     Splits,
     Threshold,
     TriggerEvidence,
-    TriggerSearch,
+    trigger_search,
 )
 
 _PARITY_IMAGES = 16
@@ -216,16 +216,12 @@ def _most_suspicious(
     subject: Subject, splits: Splits, policy: Policy, seed: int, progress: Progress
 ) -> tuple[TriggerEvidence | None, str]:
     """The recovered class trigger that an audit with this seed would look at; else why there is none."""
-    probe, _, _ = checks_of(policy, subject.class_count, progress.advance)
-    search, rng = policy.trigger_inversion, np.random.default_rng(seed)
-    doubtful = (search.doubtful_from, search.doubtful_to)
-    outcome = run_check(
-        probe.name, lambda: measure_probe(probe, subject, splits, rng, searches=search.searches, doubtful=doubtful)
-    )
+    margin, probe, _, _ = checks_of(policy, subject.class_count, progress.advance)
+    outcomes = search_classes(margin, probe, subject, splits, np.random.default_rng(seed), policy)
+    search, outcome = trigger_search(outcomes), outcomes[-1]
+    if search is not None:
+        return search.most_suspicious, ""
     if isinstance(outcome, Measured):
-        found = outcome.measurement
-        if isinstance(found, TriggerSearch) and found.candidates:
-            return found.most_suspicious, ""
         return None, "the search recovered no trigger"
     return None, outcome.reason if isinstance(outcome, Inapplicable) else f"the search failed: {outcome.error}"
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from audit_plugin.calibration import ReferencePool, load_pool
+from audit_plugin.calibration import ReferencePool, find_pool
 from audit_plugin.canonical import document_digest
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.types import CanaryFamily
@@ -124,6 +124,14 @@ class TriggerInversionPolicy:
 
 
 @dataclass(frozen=True)
+class MaximumMarginPolicy:
+    """Budget of the ascent; see :class:`audit_plugin.checks.maximum_margin.MaximumMargin`."""
+
+    starts: int = 5
+    steps: int = 300
+
+
+@dataclass(frozen=True)
 class SourceSpecificPolicy:
     """Budget of the search over pairs of classes; with more than ``maximum_classes`` classes it is left out."""
 
@@ -134,16 +142,16 @@ class SourceSpecificPolicy:
 
 @dataclass(frozen=True)
 class CanariesPolicy:
-    """Known backdoors to plant in copies of the model, none by default; see :mod:`audit_plugin.checks.canaries`.
+    """Known backdoors to plant in copies of the model; see :mod:`audit_plugin.checks.canaries`.
 
-    ``count`` of each of the ``families``; of those ``required``, nothing passes unless all were found. In a copy at most
-    ``classes`` classes are searched.
+    ``count`` of each of the ``families``; of those ``required``, nothing passes unless at least half were found. In a copy at
+    most ``classes`` classes are searched. Without families none are planted.
     """
 
-    families: tuple[str, ...] = ()
+    families: tuple[str, ...] = ("patch",)
     required: tuple[str, ...] = ("patch",)
-    count: int = 1
-    classes: int = 12
+    count: int = 2
+    classes: int = 6
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,8 @@ class VerdictPolicy:
 class CalibrationPolicy:
     """Clean models to compare with; see :mod:`audit_plugin.calibration`.
 
-    ``pool`` is a file that ``python -m pipelines.calibrate`` made, relative to the policy's own. A model is unusual
-    among them with a p-value of at most ``alpha``.
+    ``pool`` is a ``.json`` file that ``python -m pipelines.calibrate`` made, relative to the policy's own, or the name of one
+    that is shipped. A model is unusual among them with a p-value of at most ``alpha``.
     """
 
     pool: str | None = None
@@ -225,6 +233,7 @@ class Policy:
     bad_expert: BadExpertPolicy = field(default_factory=BadExpertPolicy)
     beniful: BenifulPolicy = field(default_factory=BenifulPolicy)
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
+    maximum_margin: MaximumMarginPolicy = field(default_factory=MaximumMarginPolicy)
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     canaries: CanariesPolicy = field(default_factory=CanariesPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
@@ -237,6 +246,14 @@ class Policy:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
+
+    def quick(self) -> Policy:
+        """The same with one canary of each family and one search: another policy, with another digest."""
+        return dataclasses.replace(
+            self,
+            canaries=dataclasses.replace(self.canaries, count=1),
+            trigger_inversion=dataclasses.replace(self.trigger_inversion, searches=1),
+        )
 
     def clean_images_for(self, name: str) -> str | None:
         """What [clean_images] says of a registered model: its own name wins, then the first pattern that matches.
@@ -315,7 +332,7 @@ def policy_from(content: Mapping[str, Any], folder: Path | None = None) -> Polic
             raise UsageError(f"Expected a section [{section}] with keys, got the value {entries!r}.")
         values[section] = _section(section, sections[section], entries)
     if "calibration" in values and (pool := values["calibration"].pool) is not None:
-        values["reference_pool"] = load_pool((folder or Path()) / pool)
+        values["reference_pool"] = find_pool(pool, folder or Path())
     return Policy(**values)
 
 
@@ -371,6 +388,7 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] searches must be at least 1": search.searches >= 1,
         "[trigger_inversion] doubtful_from must not exceed doubtful_to": search.doubtful_from <= search.doubtful_to,
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
+        "[maximum_margin] starts and steps must be at least 1": policy.maximum_margin.starts >= 1 <= policy.maximum_margin.steps,
         "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
         "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
         "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,

@@ -31,6 +31,8 @@ Kind = Literal["number", "text"]
 
 SEARCHES: Mapping[str, str] = {"trigger_inversion": "trigger", "source_specific": "pair_trigger"}
 """The checks that search for triggers, with what the columns of their triggers begin with."""
+MARGINS = "maximum_margin"
+"""The check that measures classes."""
 SCORERS = ("layerwise", "bad_expert", "beniful", "activation_norm")
 """The checks that score inputs."""
 
@@ -80,14 +82,13 @@ def _columns() -> dict[str, Column]:
         "tool_version": Column("Version of the tool that audited.", "text"),
         "seconds": Column("Duration of the audit, in seconds."),
     }
-    for check in (*SEARCHES, *SCORERS):
+    for check in (MARGINS, *SEARCHES, *SCORERS):
         statuses = ("measured", "inapplicable", "failed", _NOT_RUN)
         columns[f"{check}_status"] = Column("What became of the check.", "text", statuses)
+    columns[f"{MARGINS}_ratio"] = Column("The largest margin of a class over the next class's.", high=100.0, check=MARGINS)
     for check, name in SEARCHES.items():
         columns |= {
-            f"{name}_outlier": Column(
-                "How far the oddest trigger lies below the others, in robust deviations.", low=-math.inf, check=check
-            ),
+            f"{name}_outlier": Column("By how many deviations the oddest trigger stands out.", low=-math.inf, check=check),
             f"{name}_attack_success_rate": Column("Share of held-out images that it moves.", high=1.0, check=check),
             f"{name}_size_pixels": Column("Its size in pixels, the L1 norm of its mask.", check=check),
         }
@@ -144,6 +145,9 @@ def _row(document: Mapping[str, Any]) -> dict[str, float | str]:
             figures = _scorer_figures(measurement)
             false_positive_rates.append(figures["false_positive_rate"])
             prefix = check if check in SCORERS else None
+        elif measurement["kind"] == "class_margins":
+            figures = {"ratio": max((entry["ratio"] for entry in measurement["classes"]), default=math.nan)}
+            prefix = MARGINS
         else:
             figures = _search_figures(measurement)
             prefix = SEARCHES.get(check)

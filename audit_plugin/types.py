@@ -227,13 +227,17 @@ class Trigger:
 class TriggerEvidence:
     """A recovered trigger and what it does on images that its search never saw.
 
-    ``success`` is its attack success rate on held-out images of other classes; ``outlier`` how many robust standard
-    deviations its log size lies below the median of all classes (positive: suspiciously small).
+    Attributes:
+        success: its attack success rate on held-out images of other classes.
+        outlier: how many deviations its class stands out by a small trigger and a large margin; of a pair of classes, by a
+            trigger smaller than the two let expect.
+        size_ratio: how many times smaller it is than the others of its family usually are; NaN for pairs of classes.
     """
 
     trigger: Trigger
     success: Rate
     outlier: float
+    size_ratio: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -336,7 +340,25 @@ class InputScores:
     distributions: tuple[Distribution, ...] = ()
 
 
-Measurement: TypeAlias = TriggerSearch | InputScores
+@dataclass(frozen=True)
+class ClassMargins:
+    """The largest margin of logits (a class's minus the largest other) that any image was found to reach, by class.
+
+    Attributes:
+        margins: (classes,), of the first classes where not all were measured.
+        ratios: (classes,), each over the largest of the other classes, in [0, 100].
+    """
+
+    margins: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def most_suspicious(self) -> int:
+        """The class whose margin is the largest."""
+        return max(range(len(self.ratios)), key=self.ratios.__getitem__)
+
+
+Measurement: TypeAlias = TriggerSearch | InputScores | ClassMargins
 
 
 @dataclass(frozen=True)
@@ -367,6 +389,14 @@ class Failed:
 Outcome: TypeAlias = Measured | Inapplicable | Failed
 
 
+def class_margins(outcomes: Iterable[Outcome]) -> ClassMargins | None:
+    """The measured margins, if there are any."""
+    for outcome in outcomes:
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, ClassMargins):
+            return outcome.measurement
+    return None
+
+
 def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> TriggerSearch | None:
     """The first measured search that found candidates, over classes or over pairs of them."""
     for outcome in outcomes:
@@ -383,11 +413,11 @@ class CanaryResult:
 
     Attributes:
         planted: whether it took, and left the copy's accuracy alone; only then was it searched for.
-        found: whether the audit would have named its target class.
+        found: whether its class came first in the copy, clearly apart from the model's own classes.
         attack_success: of its own trigger on test images of other classes.
         accuracy_before, accuracy_after: of the model and of the copy on the test split.
-        outlier: of the target class in the copy, NaN where it was not searched for; ``size_ratio`` is the size of its smallest
-            trigger over the median of the classes searched.
+        size_ratio: how many times smaller its trigger is than those of the copy's other classes; NaN where it was not searched
+            for. ``outlier`` is that in deviations.
         reason: why it was not planted, or not found; empty otherwise.
     """
 
@@ -416,9 +446,11 @@ class PowerCheck:
     missing: str = ""
 
     def standing(self, family: str) -> CanaryStanding:
-        """Of a family of canaries: found where every planted one was, not planted where none was."""
-        standings = {canary.standing for canary in self.canaries if canary.family == family} - {"not planted"}
-        return "not found" if "not found" in standings else "found" if standings else "not planted"
+        """Of a family of canaries: found where at least half of the planted ones were, not planted where none was."""
+        planted = [canary for canary in self.canaries if canary.family == family and canary.planted]
+        if not planted:
+            return "not planted"
+        return "found" if 2 * sum(canary.found for canary in planted) >= len(planted) else "not found"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ searches = 1
 [source_specific]
 maximum_classes = 0
 
+[canaries]
+families = []
+
 [clean_images]
 "digits-*" = "clean.npz"
 """

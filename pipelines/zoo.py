@@ -122,7 +122,7 @@ ATTACKS: Mapping[str, Callable[[int, int], Attack]] = {
 }
 """The attacks of the small recipes, by target class and number of classes: docs/decisions/zoo-attack-settings.md says why so."""
 
-_ARCHITECTURES_SMALL = ("resnet18", "vgg", "mobilenet")
+_ARCHITECTURES_SMALL = ("resnet18", "vgg", "cnn")
 _HARDNESSES: tuple[Hardness, ...] = ("imbalanced", "long", "no_weight_decay", "adversarial")
 
 

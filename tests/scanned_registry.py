@@ -43,6 +43,9 @@ searches = 1
 [source_specific]
 maximum_classes = 0
 
+[canaries]
+families = []
+
 [clean_images]
 "digits*" = "clean.npz"
 "spare" = "clean.npz"

@@ -2,24 +2,29 @@
 
 from audit_plugin.checks.activation_norm import ActivationNormScorer
 from audit_plugin.checks.bad_expert import BadExpertScorer
-from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
+from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Probe
 from audit_plugin.checks.beniful import BenifulScorer
 from audit_plugin.checks.layerwise import LayerwiseScorer
+from audit_plugin.checks.maximum_margin import MaximumMargin
 from audit_plugin.checks.source_specific import SourceSpecificInversion
 from audit_plugin.checks.trigger_inversion import TriggerInversion
 
 PROBES: tuple[type[Probe], ...] = (TriggerInversion, SourceSpecificInversion)
+CLASS_MEASURES: tuple[type[ClassMeasure], ...] = (MaximumMargin,)
 INPUT_SCORERS: tuple[type[InputScorer], ...] = (LayerwiseScorer, BadExpertScorer, BenifulScorer, ActivationNormScorer)
 
 __all__ = [
+    "CLASS_MEASURES",
     "INPUT_SCORERS",
     "PROBES",
     "ActivationNormScorer",
     "BadExpertScorer",
     "BenifulScorer",
+    "ClassMeasure",
     "FittedScorer",
     "InputScorer",
     "LayerwiseScorer",
+    "MaximumMargin",
     "Probe",
     "SourceSpecificInversion",
     "TriggerInversion",

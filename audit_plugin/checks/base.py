@@ -2,6 +2,7 @@
 
 * :class:`InputScorer`: says of single inputs how suspicious they are. ``fit`` returns a :class:`FittedScorer`.
 * :class:`Probe`: looks for triggers in the model itself.
+* :class:`ClassMeasure`: one number for each class, from the model alone.
 
 Authors write ``fit`` and ``_score``; the public ``score`` is final and validates, so that shape and direction hold for
 every check.
@@ -10,7 +11,7 @@ every check.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -93,6 +94,20 @@ class Probe(abc.ABC):
     @abc.abstractmethod
     def search(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> list[Trigger]:
         """One or more candidate triggers a class.
+
+        Raises:
+            InapplicableError: the method cannot measure this model, with the reason.
+        """
+
+
+class ClassMeasure(abc.ABC):
+    """A method that needs no image: what of the model itself is different for the target class of a backdoor."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def measure(self, subject: Subject, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
+        """One number for each of ``classes``, (classes,), higher is more suspicious.
 
         Raises:
             InapplicableError: the method cannot measure this model, with the reason.

@@ -16,6 +16,10 @@ is measured on the test split, by ONNX Runtime, and then the copy is searched as
 * ``warped``: every pixel is displaced smoothly, by one pixel in the mean.
 
 The target and the classes that it is compared with are drawn by way of images, so that the numbering of classes plays no part.
+
+A canary is found if its class comes first in the copy and lies clearly apart from the model's own classes: its trigger is smaller
+than the copy's others by a quarter more than any of the model's own is. It need not reach what a failure asks for, because it is
+planted gently, and most backdoors are not.
 """
 
 from __future__ import annotations
@@ -24,7 +28,6 @@ import copy
 import itertools
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +66,9 @@ Search = Callable[[Subject, Sequence[int]], TriggerSearch]
 MINIMUM_ATTACK_SUCCESS = 0.9
 ACCURACY_BUDGET = 0.03
 
+_APART = 1.25  # times smaller than the most conspicuous of the model's own classes
+_TRIES = 2  # a canary
+
 _BATCH = 64
 _STEPS_BETWEEN_LOOKS = 10
 _ENOUGH = 0.98  # attack success on the calibrate split, well above the minimum: the split may be small
@@ -90,26 +96,45 @@ class Planting:
     distillation: float = 1.0
 
 
+@dataclass(frozen=True)
+class Standard:
+    """What finding a canary takes.
+
+    Attributes:
+        size_ratio: how many times smaller than the others' its trigger must at least be.
+        attack_success: that the recovered trigger must at least have, in [0, 1].
+    """
+
+    size_ratio: float
+    attack_success: float
+
+    @staticmethod
+    def of(own: TriggerSearch, policy: VerdictPolicy) -> Standard:
+        """For copies of a model whose own classes were searched."""
+        most = max((found.size_ratio for found in own.candidates), default=1.0)
+        return Standard(_APART * max(most, 1.0), policy.minimum_attack_success)
+
+
 def check_power(
     subject: Subject,
     splits: Splits,
     search: Search,
     policy: CanariesPolicy,
-    standards: VerdictPolicy,
+    standard: Standard,
     rng: np.random.Generator,
     planting: Planting | None = None,
 ) -> PowerCheck:
     """Plant the policy's canaries, each in a copy of its own, and search every copy in which one took.
 
-    Args:
-        standards: what finding a backdoor takes, of a canary as of any other.
+    A canary that does not take is planted again, with another trigger and target, up to twice as often as asked for.
     """
     results: list[CanaryResult] = []
     missing = ""
     try:
-        for family in [family for family in TRIGGERS if family in policy.families for _ in range(policy.count)]:
-            results.append(_try(family, subject, splits, search, policy, standards, rng, planting or Planting()))
-            log.debug("%s", results[-1])
+        for family in [family for family in TRIGGERS if family in policy.families for _ in range(_TRIES * policy.count)]:
+            if sum(canary.planted for canary in results if canary.family == family) < policy.count:
+                results.append(_try(family, subject, splits, search, policy.classes, standard, rng, planting or Planting()))
+                log.debug("%s", results[-1])
     except InapplicableError as error:
         missing = str(error)
     except BREAKAGES as error:
@@ -123,15 +148,15 @@ def _try(
     subject: Subject,
     splits: Splits,
     search: Search,
-    policy: CanariesPolicy,
-    standards: VerdictPolicy,
+    classes: int,
+    standard: Standard,
     rng: np.random.Generator,
     planting: Planting,
 ) -> CanaryResult:
     """One canary: planted, measured and, if it took, searched for."""
     started = time.perf_counter()
     drawn = dict.fromkeys(splits.fit.labels[rng.permutation(len(splits.fit))].tolist())  # each class once, in random order
-    target, *others = list(drawn)[: policy.classes]
+    target, *others = list(drawn)[:classes]
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     stamp = TRIGGERS[family](splits.fit.images.shape[1:], generator)
     planted = subject.retrained(_plant(subject, splits, family, stamp, target, generator, planting))
@@ -142,7 +167,7 @@ def _try(
     before, after = (rate_of(model.predict(test.images) == test.labels) for model in (subject, planted))
     took = attack_success.value >= MINIMUM_ATTACK_SUCCESS and before.value - after.value <= ACCURACY_BUDGET
     if took:
-        outlier, size_ratio, reason = judge(search(planted, [target, *others]), target, standards)
+        outlier, size_ratio, reason = judge(search(planted, [target, *others]), target, standard)
     else:
         outlier, size_ratio = math.nan, math.nan
         reason = (
@@ -164,25 +189,27 @@ def _try(
     )
 
 
-def judge(search: TriggerSearch, target: int, standards: VerdictPolicy) -> tuple[float, float, str]:
-    """Whether the audit would have named ``target``, by its own rule.
+def judge(search: TriggerSearch, target: int, standard: Standard) -> tuple[float, float, str]:
+    """Whether the search of a copy shows ``target``.
 
     Returns:
-        The outlier of the target's trigger in the family where it stands out most, its size over the median there, and why it was
-        not found; empty if it was.
+        The outlier and the size ratio of the target's trigger, in the family where that is greatest, and why it was not
+        found; empty if it was.
     """
-    own = max((found for found in search.candidates if found.trigger.target_class == target), key=lambda found: found.outlier)
-    sizes = [found.trigger.size for found in search.candidates if found.trigger.family == own.trigger.family]
-    most = search.most_suspicious
-    if own.outlier < standards.minimum_outlier:
-        reason = "Its class does not stand out."
-    elif most.trigger.target_class != target:
-        reason = "Another class stands out more."
-    elif not own.success.value >= standards.minimum_attack_success:
+    most = max(search.candidates, key=lambda found: found.size_ratio)
+    own = max((found for found in search.candidates if found.trigger.target_class == target), key=lambda found: found.size_ratio)
+    if most.trigger.target_class != target:
+        reason = "Another class needs a smaller trigger."
+    elif own.size_ratio < standard.size_ratio:
+        reason = (
+            f"Its trigger is {own.size_ratio:.1f} times smaller than the other classes', which is not clearly apart from the "
+            f"model's own classes ({standard.size_ratio:.1f} is)."
+        )
+    elif not own.success.value >= standard.attack_success:
         reason = f"The recovered trigger moves only {own.success.value:.1%} of held-out images."
     else:
         reason = ""
-    return own.outlier, own.trigger.size / statistics.median(sizes), reason
+    return own.outlier, own.size_ratio, reason
 
 
 def stamped(images: ImageArray, stamp: Stamp) -> ImageArray:

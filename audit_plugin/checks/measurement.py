@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from audit_plugin.checks.base import FittedScorer, InputScorer, Probe
+from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Probe
 from audit_plugin.errors import AuditError, InapplicableError
-from audit_plugin.maths.outlier import pair_outliers, small_side_outliers
+from audit_plugin.maths.outlier import class_outliers, margin_ratios, pair_outliers, size_ratios
 from audit_plugin.maths.rates import auroc, quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
     Baseline,
+    ClassMargins,
     Failed,
     FloatArray,
     ImageArray,
@@ -68,6 +69,7 @@ def measure_probe(
     *,
     searches: int = 1,
     doubtful: tuple[float, float] = (0.0, math.inf),
+    margins: ClassMargins | None = None,
 ) -> TriggerSearch:
     """Search on the fit split, compare the candidates on the calibrate split, report their success rates on the test split.
 
@@ -76,13 +78,15 @@ def measure_probe(
     A search ends in a local minimum. A trigger that was planted is found every time; a lucky one of a clean class is not.
     So a search is repeated, up to ``searches`` in all, while its greatest outlier lies within ``doubtful``, and sizes are
     averaged (geometric mean).
+
+    With ``margins``, a class stands out by its margin as well.
     """
     calibrate, test = (_Held(part, subject.predict(part.images)) for part in (splits.calibrate, splits.test))
     runs: list[list[_Candidate]] = []
     while True:
         found = probe.search(subject, splits.fit, rng)
         runs.append([_Candidate(trigger, calibrate.success(trigger, subject)) for trigger in found])
-        candidates = _compare(runs)
+        candidates = _compare(runs, margins)
         greatest = max((candidate.outlier for candidate in candidates), default=0.0)
         if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
             break
@@ -118,19 +122,22 @@ class _Candidate:
         return math.log(self.trigger.size) if self.success.value >= SMALLEST_SUCCESS else math.inf
 
 
-def _compare(runs: Sequence[Sequence[_Candidate]]) -> list[TriggerEvidence]:
-    """The smallest candidate of each class over all searches, and how far its mean size lies below its family's others."""
+def _compare(runs: Sequence[Sequence[_Candidate]], margins: ClassMargins | None = None) -> list[TriggerEvidence]:
+    """The smallest candidate of each class over all searches, and how far its mean size lies from its family's others."""
     evidence: list[TriggerEvidence] = []
     places = list(zip(*runs, strict=True))
     for family in dict.fromkeys(place[0].trigger.family for place in places):
         members = [place for place in places if place[0].trigger.family == family]
-        outliers = _outliers(
-            [place[0].trigger for place in members],
-            np.exp([_mean_log_size(place) for place in members]),
-        )
-        for place, outlier in zip(members, outliers, strict=True):
+        triggers = [place[0].trigger for place in members]
+        sizes = np.exp([_mean_log_size(place) for place in members])
+        if triggers[0].source_class is None:
+            reached = None if margins is None else np.array([margins.margins[trigger.target_class] for trigger in triggers])
+            outliers, ratios = class_outliers(sizes, reached), size_ratios(sizes)
+        else:
+            outliers, ratios = _pair_outliers(triggers, sizes), np.full(len(sizes), math.nan)
+        for place, outlier, ratio in zip(members, outliers, ratios, strict=True):
             smallest = min(place, key=lambda found: found.log_size)
-            evidence.append(TriggerEvidence(smallest.trigger, smallest.success, float(outlier)))
+            evidence.append(TriggerEvidence(smallest.trigger, smallest.success, float(outlier), float(ratio)))
     return evidence
 
 
@@ -140,17 +147,26 @@ def _mean_log_size(place: Sequence[_Candidate]) -> float:
     return float(np.mean(held)) if held else math.inf
 
 
-def _outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Compare classes with classes, or pairs of classes with pairs."""
+def _pair_outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     pairs = [(trigger.source_class, trigger.target_class) for trigger in triggers if trigger.source_class is not None]
-    if not pairs:
-        return small_side_outliers(sizes)
     count = max(max(pair) for pair in pairs) + 1
     matrix = np.full((count, count), np.nan)
     rows, columns = zip(*pairs, strict=True)
     matrix[rows, columns] = sizes
     outliers: NDArray[np.float64] = pair_outliers(matrix)[rows, columns]
     return outliers
+
+
+def measure_classes(measure: ClassMeasure, subject: Subject, classes: Sequence[int], rng: np.random.Generator) -> ClassMargins:
+    """What a measure finds for each of ``classes``, and each over the largest of the others.
+
+    Raises:
+        RuntimeError: the measure broke its contract (wrong shape, NaN).
+    """
+    found = np.asarray(measure.measure(subject, classes, rng), dtype=np.float64)
+    if found.shape != (len(classes),) or not np.isfinite(found).all():
+        raise RuntimeError(f"{type(measure).__name__} returned no finite number for each of {len(classes)} classes")
+    return ClassMargins(tuple(found.tolist()), tuple(margin_ratios(found).tolist()))
 
 
 def measure_scorer(

@@ -1,4 +1,4 @@
-"""How far the smallest of a few values lies from the rest."""
+"""How far one class stands out from a model's others: by a small trigger, by a large margin."""
 
 from __future__ import annotations
 
@@ -13,6 +13,64 @@ SPREAD_FLOOR = 0.2
 """Least spread of log sizes. Ten classes give a poor median absolute deviation, and a small one turns an ordinary
 difference into an outlier: a class must then still be 1.8 times smaller than the median to lie three deviations below
 it."""
+
+
+USUAL_SPREAD = 0.4
+"""Spread of a clean model's log sizes and margins together. With it, a class stands 3.5 deviations apart where the two ratios
+multiply to 4.06; docs/decisions/0007 has the figures."""
+
+_MOST = 100.0
+_LARGEST_MARGIN_RATIO = 4.0  # what counts of one: a margin alone must not make a failure
+
+
+def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """How far each class stands out, in deviations; the greater of two views.
+
+    * Its trigger against this model's own spread: :func:`small_side_outliers`. Nine other classes estimate that spread badly.
+    * Its trigger and its margin together, against the spread that clean models usually have:
+      (log of :func:`size_ratios` + log of :func:`margin_ratios`) / :data:`USUAL_SPREAD`. The two are measured independently, one
+      on images and one without any; a backdoor moves both.
+
+    Args:
+        sizes: (classes,), positive; infinite where no trigger was found.
+        margins: (classes,), the largest margin of logits that each class reaches; None where that was not measured.
+
+    Returns:
+        (classes,); minus infinity for infinite sizes, all zero when fewer than three sizes are finite.
+    """
+    apart = small_side_outliers(sizes)
+    if np.isfinite(sizes).sum() < 3:
+        return apart
+    ratios = size_ratios(sizes)
+    logs = np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
+    if margins is not None:
+        logs = logs + np.log(np.clip(margin_ratios(margins), 1.0, _LARGEST_MARGIN_RATIO))
+    return np.maximum(apart, logs / USUAL_SPREAD)
+
+
+def size_ratios(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many times smaller each size is than the median of the others, (classes,); zero for infinite sizes.
+
+    The median is that of logarithms, over finite sizes; without any, the ratio is one.
+    """
+    finite = np.isfinite(sizes)
+    ratios = np.zeros(len(sizes))
+    for index in np.flatnonzero(finite):
+        others = np.log(sizes[finite & (np.arange(len(sizes)) != index)])
+        ratios[index] = np.exp(np.median(others)) / sizes[index] if len(others) else 1.0
+    return ratios
+
+
+def margin_ratios(margins: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each class's largest margin over the largest of the other classes', (classes,), in [0, 100].
+
+    100 where no other class reaches a positive margin, zero where the class itself does not.
+    """
+    ratios = np.zeros(len(margins))
+    for index in np.flatnonzero(margins > 0):
+        others = np.delete(margins, index).max(initial=0.0)
+        ratios[index] = min(margins[index] / others, _MOST) if others > 0 else _MOST
+    return ratios
 
 
 def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR) -> NDArray[np.float64]:

@@ -62,6 +62,7 @@ from audit_plugin.types import (
     TriggerFamily,
     TriggerSearch,
     Verdict,
+    class_margins,
 )
 
 MOST_PAIRS = 8
@@ -87,6 +88,7 @@ def render(report: AuditReport) -> str:
             pairs=_pairs(report),
             attention=_attention(report),
             searches=[_search(report, check, search, place) for place, (check, search) in enumerate(searches)],
+            margins=_margins(report),
             scorers=_scorers(report),
             gaps=wording.not_measured(report),
             measured_count=wording.measured_count(report),
@@ -316,6 +318,27 @@ def _family(report: AuditReport, family: TriggerFamily, candidates: Sequence[Tri
         "more": [_candidate_row(report, candidate, pictured=False) for candidate in ranked[MOST_ROWS:]],
         "count": len(candidates),
         "prominent": any(candidate is headline for candidate in candidates),
+    }
+
+
+def _margins(report: AuditReport) -> dict[str, Any] | None:
+    margins = class_margins(report.outcomes)
+    if margins is None:
+        return None
+    chart = bar_chart(
+        margins.margins,
+        [wording.class_label(report, index) for index in range(len(margins.margins))],
+        identifier="margins",
+        title="Largest margin found for each class",
+        quantity="margin of logits",
+        short_labels=[str(index) for index in range(len(margins.margins))],
+        highlighted=[margins.most_suspicious] if report.decision.suspected_class == margins.most_suspicious else [],
+    )
+    return {
+        "title": wording.check_title("maximum_margin"),
+        "explanation": wording.check_explanation("maximum_margin"),
+        "chart": _trusted(chart),
+        "words": wording.margin_words(report, margins),
     }
 
 

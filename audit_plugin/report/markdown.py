@@ -14,6 +14,7 @@ from audit_plugin.report.wording import (
     class_label,
     decimal,
     interval,
+    margin_words,
     moment,
     not_measured,
     percent,
@@ -22,7 +23,7 @@ from audit_plugin.report.wording import (
     verdict_sentence,
     verdict_word,
 )
-from audit_plugin.types import AuditReport, InputScores, Measured, Outcome, Rate, TriggerSearch
+from audit_plugin.types import AuditReport, ClassMargins, InputScores, Measured, Outcome, Rate, TriggerSearch
 
 _MOST_LINES = 30
 _LONGEST_COMMAND = 4000
@@ -86,6 +87,8 @@ def _row(report: AuditReport, outcome: Outcome) -> str:
         return f"| {title} | **{type(outcome).__name__.lower()}** | see below |"
     if isinstance(outcome.measurement, TriggerSearch):
         return f"| {title} | measured | {_search_words(report, outcome.measurement)} |"
+    if isinstance(outcome.measurement, ClassMargins):
+        return f"| {title} | measured | {_escaped(margin_words(report, outcome.measurement))} |"
     return f"| {title} | measured | {_scorer_words(outcome.measurement)} |"
 
 

@@ -27,6 +27,7 @@ from audit_plugin.report.summaries import Moments, distribution_histogram, momen
 from audit_plugin.types import (
     AuditReport,
     Baseline,
+    ClassMargins,
     CleanSetSummary,
     Distribution,
     Failed,
@@ -34,6 +35,7 @@ from audit_plugin.types import (
     Inapplicable,
     InputScores,
     Intake,
+    Measurement,
     ModelRef,
     Outcome,
     PowerCheck,
@@ -313,10 +315,22 @@ def _outcome(outcome: Outcome, names: Sequence[str], pictures: _Pictures) -> dic
         "check": outcome.check,
         "status": "measured",
         "seconds": _number(outcome.seconds),
-        "measurement": _trigger_search(measurement, names, pictures)
-        if isinstance(measurement, TriggerSearch)
-        else _input_scores(measurement, names),
+        "measurement": _measurement(measurement, names, pictures),
     }
+
+
+def _measurement(measurement: Measurement, names: Sequence[str], pictures: _Pictures) -> dict[str, Any]:
+    if isinstance(measurement, TriggerSearch):
+        return _trigger_search(measurement, names, pictures)
+    if isinstance(measurement, ClassMargins):
+        return {
+            "kind": "class_margins",
+            "classes": [
+                {"class": _class(names, index), "margin": _number(margin), "ratio": _number(ratio)}
+                for index, (margin, ratio) in enumerate(zip(measurement.margins, measurement.ratios, strict=True))
+            ],
+        }
+    return _input_scores(measurement, names)
 
 
 def _trigger_search(search: TriggerSearch, names: Sequence[str], pictures: _Pictures) -> dict[str, Any]:
@@ -338,6 +352,7 @@ def _candidate(candidate: TriggerEvidence, names: Sequence[str], picture: str) -
         "size": _number(trigger.size),
         "success": _rate(candidate.success),
         "outlier": _number(candidate.outlier),
+        "size_ratio": _number(candidate.size_ratio),
         "picture": picture,
     }
 

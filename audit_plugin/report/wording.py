@@ -11,6 +11,7 @@ from audit_plugin.report.sanitise import clean_text
 from audit_plugin.types import (
     AuditReport,
     Calibration,
+    ClassMargins,
     Failed,
     Inapplicable,
     Measured,
@@ -26,6 +27,7 @@ CLASS_NAME_LIMIT = 40
 
 _CHECK_TITLES = {
     "trigger_inversion": "Trigger search, class by class",
+    "maximum_margin": "Largest margins",
     "source_specific": "Trigger search, pair by pair",
     "layerwise": "Layer-wise features",
     "bad_expert": "Backdoor expert",
@@ -37,6 +39,10 @@ _CHECK_EXPLANATIONS = {
     "trigger_inversion": (
         "For every class, the smallest change of pixels that sends images of other classes to it. A backdoor shows as one class "
         "whose trigger is far smaller than those of the others and works almost always."
+    ),
+    "maximum_margin": (
+        "How surely the model can be made to see each class, whatever the image: the largest margin of its answers. A backdoor's "
+        "target class reaches far more than the next class."
     ),
     "source_specific": (
         "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "
@@ -218,10 +224,16 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
     return (*failed, *unsuited, *missing)
 
 
+def margin_words(report: AuditReport, margins: ClassMargins) -> str:
+    """'class "7" (7) reaches the largest margin, 3.2 times the next class's'."""
+    found = margins.most_suspicious
+    return f"{class_label(report, found)} reaches the largest margin, {number(margins.ratios[found], 2)} times the next class's"
+
+
 def canary_words(power: PowerCheck) -> str:
-    """'patch found (outlier 6.2), warped not found (outlier 1.1), blended not planted'."""
+    """'patch found (4.2 times smaller), warped not found (1.1 times smaller), blended not planted'."""
     words = [
-        f"{canary.family} {canary.standing}" + (f" (outlier {decimal(canary.outlier)})" if canary.planted else "")
+        f"{canary.family} {canary.standing}" + (f" ({number(canary.size_ratio, 2)} times smaller)" if canary.planted else "")
         for canary in power.canaries
     ]
     return ", ".join([*words, *filter(None, [power.missing])])

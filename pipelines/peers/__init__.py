@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pipelines.peers.activation_defence import ActivationDefence
 from pipelines.peers.art_strip import ArtStrip
 from pipelines.peers.base import InputPeer, InputResult, ModelPeer, PeerResult
-from pipelines.peers.mm_bd import MaximumMargin
+from pipelines.peers.mm_bd import MaximumMarginDetection
 from pipelines.peers.neural_cleanse import NeuralCleanse
 from pipelines.peers.strip import Strip
 
@@ -21,12 +21,12 @@ __all__ = [
     "ArtStrip",
     "InputPeer",
     "InputResult",
-    "MaximumMargin",
+    "MaximumMarginDetection",
     "ModelPeer",
     "NeuralCleanse",
     "PeerResult",
     "Strip",
 ]
 
-MODEL_PEERS: Mapping[str, ModelPeer] = {peer.name: peer for peer in (NeuralCleanse(), MaximumMargin())}
+MODEL_PEERS: Mapping[str, ModelPeer] = {peer.name: peer for peer in (NeuralCleanse(), MaximumMarginDetection())}
 INPUT_PEERS: Mapping[str, InputPeer] = {peer.name: peer for peer in (Strip(), ArtStrip(), ActivationDefence())}

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audit_plugin.checks import INPUT_SCORERS, PROBES, FittedScorer, InputScorer
+from audit_plugin.checks import CLASS_MEASURES, INPUT_SCORERS, PROBES, ClassMeasure, FittedScorer, InputScorer
+from audit_plugin.checks.measurement import measure_classes
 from audit_plugin.types import FitSplit, Trigger
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
 
 ROOT = Path(__file__).parents[2]
-CHECKS = (*PROBES, *INPUT_SCORERS)
+CHECKS = (*CLASS_MEASURES, *PROBES, *INPUT_SCORERS)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_every_check_has_a_page_and_a_paper(check):
         assert heading in page, f"docs/checks/{check.name}.md lacks the section '{heading}'"
 
 
-@pytest.mark.parametrize("scorer", INPUT_SCORERS, ids=lambda check: check.name)
-def test_every_input_scorer_has_a_reference(scorer):
-    assert (ROOT / "tests" / "reference" / f"test_{scorer.name}.py").is_file()
+@pytest.mark.parametrize("check", [*CLASS_MEASURES, *INPUT_SCORERS], ids=lambda check: check.name)
+def test_what_measures_numbers_has_a_reference(check):
+    assert (ROOT / "tests" / "reference" / f"test_{check.name}.py").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,34 @@ def test_probes_return_triggers_that_fit_the_images(probe, digit_subject):
         assert isinstance(trigger, Trigger)
         assert trigger.stamp(images).shape == images.shape
         assert trigger.size > 0
+
+
+@pytest.mark.parametrize("measure", CLASS_MEASURES, ids=lambda check: check.name)
+def test_measures_give_one_number_a_class_and_agree_with_themselves(measure, digit_subject):
+    subject, classes = digit_subject[0], [7, 1, 4, 2]
+    found, again = (measure().measure(subject, classes, np.random.default_rng(0)) for _ in range(2))
+    assert found.shape == (4,)
+    np.testing.assert_array_equal(found, again)
+    turned = measure().measure(subject, classes[::-1], np.random.default_rng(0))
+    np.testing.assert_allclose(turned[::-1], found, rtol=1e-3)
+    ratios = measure_classes(measure(), subject, classes, np.random.default_rng(0)).ratios
+    assert ratios[int(found.argmax())] == max(ratios) >= 1
+
+
+class Odd(ClassMeasure):
+    name = "odd"
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def measure(self, subject, classes, rng):
+        return np.array(self.answer)
+
+
+@pytest.mark.parametrize("answer", [[1.0], [1.0, np.nan], [np.inf, 1.0], [[1.0, 2.0]]])
+def test_a_measure_that_breaks_the_contract_is_caught(answer, digit_subject):
+    with pytest.raises(RuntimeError, match="Odd returned no finite number"):
+        measure_classes(Odd(answer), digit_subject[0], [0, 1], np.random.default_rng(0))
 
 
 class Broken(FittedScorer):

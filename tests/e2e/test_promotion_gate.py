@@ -33,6 +33,9 @@ checks = ["layerwise", "activation_norm"]
 
 [source_specific]
 steps = 60
+
+[canaries]
+families = []
 """
 
 

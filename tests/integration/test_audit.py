@@ -155,6 +155,9 @@ steps = 100
 
 [source_specific]
 steps = 60
+
+[canaries]
+count = 1
 """
 
 

@@ -54,6 +54,9 @@ searches = 1
 
 [source_specific]
 maximum_classes = 0
+
+[canaries]
+families = []
 """
 
 

@@ -33,6 +33,7 @@ FAST: dict[str, Any] = {
     "scoring": {"checks": ["layerwise"]},
     "trigger_inversion": {"steps": 20, "searches": 1},
     "source_specific": {"maximum_classes": 0},
+    "canaries": {"families": []},
 }
 
 

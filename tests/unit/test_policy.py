@@ -128,3 +128,12 @@ def test_clean_images_are_recorded_but_decide_no_verdict(tmp_path):
     assert list(policy.document()["clean_images"]) == ["vision-*", "vision-digits", "vision-[!x]*", "*"]
     assert policy.digest != Policy().digest
     assert policy.verdict_digest == Policy().verdict_digest
+
+
+def test_a_quick_policy_plants_and_searches_once_and_has_another_digest():
+    policy = policy_from({"canaries": {"families": ["patch", "warped"], "count": 3}, "trigger_inversion": {"steps": 77}})
+    quick = policy.quick()
+    assert (quick.canaries.count, quick.canaries.families) == (1, ("patch", "warped"))
+    assert (quick.trigger_inversion.searches, quick.trigger_inversion.steps) == (1, 77)
+    assert quick.digest != policy.digest
+    assert quick.quick() == quick

@@ -128,7 +128,7 @@ def test_values_are_those_of_the_report() -> None:
     scores = scores_of(report, "layerwise")
     expected = {
         "verdict": "fail",
-        "checks_measured": 4,
+        "checks_measured": 5,
         "checks_failed": 0,
         "required_checks_not_measured": 0,
         "clean_accuracy": 467 / 500,
@@ -141,6 +141,8 @@ def test_values_are_those_of_the_report() -> None:
         "provider": "CPUExecutionProvider",
         "tool_version": "0.1.0",
         "seconds": pytest.approx(141.1),
+        "maximum_margin_status": "measured",
+        "maximum_margin_ratio": pytest.approx(90 / 29),
         "trigger_inversion_status": "measured",
         "source_specific_status": "not run",
         "beniful_status": "inapplicable",

@@ -11,6 +11,7 @@ from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Calibration,
     CanaryResult,
+    ClassMargins,
     Expectation,
     Failed,
     Inapplicable,
@@ -241,7 +242,7 @@ def test_a_pass_with_canaries_names_what_was_not_found_as_a_blind_spot():
     ("power", "code", "told"),
     [
         (PowerCheck((canary("patch", "not found"),)), "canary-not-found", "Its class does not stand out."),
-        (PowerCheck((canary("patch", "found"), canary("patch", "not found"))), "canary-not-found", "does not stand out"),
+        (PowerCheck((canary("patch", "found"), *[canary("patch", "not found")] * 2)), "canary-not-found", "does not stand out"),
         (PowerCheck((canary("patch", "not planted"),)), "canary-not-planted", "It cost 9.0% accuracy."),
         (PowerCheck((canary("warped", "found"),)), "canary-not-planted", "(patch)"),
         (PowerCheck((canary("patch", "found"),), "RuntimeError: the next one broke"), "canary-not-planted", "the next one broke"),
@@ -254,6 +255,35 @@ def test_nothing_passes_without_its_required_canaries(power, code, told):
     assert decision.verdict is Verdict.INCONCLUSIVE
     (reason,) = [reason for reason in decision.reasons if reason.code == code]
     assert told in reason.message
+
+
+@pytest.mark.parametrize(("standing", "expected"), [("found", Verdict.PASS), ("not found", Verdict.INCONCLUSIVE)])
+def test_between_the_thresholds_canaries_decide(standing, expected):
+    assert with_canaries(PowerCheck((canary("patch", standing),)), "patch", smallest=21).verdict is expected
+    assert with_canaries(PowerCheck((canary("patch", standing),)), smallest=21).verdict is Verdict.INCONCLUSIVE
+
+
+def test_a_pool_outvotes_canaries_between_the_thresholds():
+    power = PowerCheck((canary("patch", "found"),))
+    decision = decide(
+        (search(21), layerwise()),
+        GOOD,
+        NAMES,
+        VerdictPolicy(),
+        REQUIRED,
+        canaries=power,
+        required_canaries=("patch",),
+        calibration=among(0.04),
+    )
+    assert decision.verdict is Verdict.FAIL
+
+
+def test_the_size_is_told_with_the_margin_where_one_was_measured():
+    margins = Measured("maximum_margin", ClassMargins((10.0,) * 3 + (32.0,) + (10.0,) * 6, (0.3,) * 3 + (3.2,) + (0.3,) * 6), 1.0)
+    (size,) = [reason for reason in verdict(search(5), layerwise(), margins).reasons if reason.code == "trigger-size"]
+    assert "its largest margin is 3.2 times that of the next class" in size.message
+    (size,) = [reason for reason in verdict(search(5), layerwise()).reasons if reason.code == "trigger-size"]
+    assert "margin" not in size.message
 
 
 def test_canaries_save_no_backdoored_model():

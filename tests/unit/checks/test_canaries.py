@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from audit_plugin.checks import TriggerInversion
-from audit_plugin.checks.canaries import TRIGGERS, Planting, check_power, judge, stamped
+from audit_plugin.checks.canaries import TRIGGERS, Planting, Standard, check_power, judge, stamped
 from audit_plugin.checks.measurement import measure_probe
 from audit_plugin.data.splits import split
 from audit_plugin.errors import SubjectError
@@ -24,19 +24,19 @@ from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
 
-STANDARDS = VerdictPolicy()
+STANDARD = Standard(size_ratio=2.0, attack_success=0.8)
 PATIENT = Planting(steps=800)  # stops earlier where the canary takes; so small a network may need it
 QUICK = Planting(steps=10)  # too few for anything but its course
 
 
-def made_up(target: int, outlier: float, success: int = 95, classes=range(10), other_outlier: float = 0.5) -> TriggerSearch:
-    """A search in two families in which ``target`` stands out among the patches, with a tenth of the others' size."""
+def made_up(target: int, ratio: float, success: int = 95, classes=range(10), others: float = 1.1) -> TriggerSearch:
+    """A search in two families in which the patch for ``target`` is ``ratio`` times smaller than the others."""
 
     def candidate(label, family):
         own = label == target and family == "patch"
-        mask = np.full((10, 10), 0.04 if own else 0.4, np.float32)
+        mask = np.full((10, 10), 0.4 / (ratio if own else 1.0), np.float32)
         found = Trigger(label, mask, np.ones((1, 10, 10), np.float32), family=family)
-        return TriggerEvidence(found, rate(success if own else 90, 100), outlier if own else other_outlier)
+        return TriggerEvidence(found, rate(success if own else 90, 100), 5.0 if own else 0.5, ratio if own else others)
 
     return TriggerSearch(tuple(candidate(label, family) for family in ("patch", "additive") for label in classes), 200)
 
@@ -44,13 +44,13 @@ def made_up(target: int, outlier: float, success: int = 95, classes=range(10), o
 class Searches:
     """Stands in for the audit's search, and remembers what it was asked for."""
 
-    def __init__(self, outlier: float = 8.0) -> None:
+    def __init__(self, ratio: float = 8.0) -> None:
         self.asked: list[list[int]] = []
-        self._outlier = outlier
+        self._ratio = ratio
 
     def __call__(self, planted, classes):
         self.asked.append(list(classes))
-        return made_up(classes[0], self._outlier, classes=classes)
+        return made_up(classes[0], self._ratio, classes=classes)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,8 +78,8 @@ def splits():
 
 
 def checked(subject, splits, search, *families, seed=0, planting=None, **policy) -> PowerCheck:
-    wanted = CanariesPolicy(families or ("patch",), **policy)
-    return check_power(subject, splits, search, wanted, STANDARDS, np.random.default_rng(seed), planting or PATIENT)
+    wanted = CanariesPolicy(families or ("patch",), **{"count": 1, **policy})
+    return check_power(subject, splits, search, wanted, STANDARD, np.random.default_rng(seed), planting or PATIENT)
 
 
 def searching(splits, steps):
@@ -117,7 +117,7 @@ def test_a_canary_obeys_its_trigger_and_keeps_the_accuracy(patched):
     assert (canary.family, canary.planted, canary.found, canary.reason) == ("patch", True, True, "")
     assert canary.attack_success.value >= 0.9
     assert canary.accuracy_before.value - canary.accuracy_after.value <= 0.03
-    assert canary.size_ratio == pytest.approx(0.1, rel=1e-3)
+    assert (canary.outlier, canary.size_ratio) == (5.0, 8.0)
 
 
 @pytest.mark.slow
@@ -138,12 +138,15 @@ def test_the_copy_obeys_no_other_trigger(patched, splits):
     assert np.mean([patched.copy.predict(stamped(images, other)) == target for other in others]) < 0.3
 
 
-def test_a_canary_that_did_not_take_is_not_searched_for(subject, splits):
+def test_a_canary_that_did_not_take_is_not_searched_for_and_another_is_tried(subject, splits):
     search = Searches()
-    (canary,) = checked(subject, splits, search, planting=QUICK).canaries
-    assert (canary.planted, canary.found, search.asked) == (False, False, [])
-    assert "of held-out images, where 90% are asked for" in canary.reason
-    assert np.isnan(canary.outlier)
+    first, second = checked(subject, splits, search, planting=QUICK).canaries
+    assert search.asked == []
+    assert first.attack_success != second.attack_success
+    for canary in (first, second):
+        assert (canary.planted, canary.found) == (False, False)
+        assert "of held-out images, where 90% are asked for" in canary.reason
+        assert np.isnan(canary.outlier)
 
 
 @pytest.mark.slow
@@ -152,10 +155,10 @@ def test_the_same_seed_plants_the_same_and_another_one_does_not(subject, splits)
         power = checked(subject, splits, Searches(), seed=seed, planting=QUICK, count=count)
         return [dataclasses.replace(canary, seconds=0.0, outlier=0.0, size_ratio=0.0) for canary in power.canaries]
 
-    first, second = planted(seed=3, count=2)
-    assert planted(seed=3, count=1) == [first]
+    first, second = planted(seed=3, count=1)  # neither takes in so few steps, so that there are two
+    assert planted(seed=3, count=1) == [first, second]
     assert first != second
-    assert planted(seed=4, count=1) != [first]
+    assert first not in planted(seed=4, count=1)
 
 
 class Renumbered(nn.Module):
@@ -231,33 +234,36 @@ def test_triggers_keep_shape_and_range_and_change_every_image(family, shape):
     ("search", "reason"),
     [
         (made_up(3, 8.0), ""),
-        (made_up(3, 3.5), ""),
-        (made_up(3, 3.4), "Its class does not stand out."),
-        (made_up(3, -np.inf), "Its class does not stand out."),
+        (made_up(3, 2.0), ""),
+        (made_up(3, 1.9), "not clearly apart from the model's own classes (2.0 is)"),
         (made_up(3, 8.0, success=79), "The recovered trigger moves only 79.0% of held-out images."),
-        (made_up(3, 4.0, other_outlier=5.0), "Another class stands out more."),
+        (made_up(3, 4.0, others=5.0), "Another class needs a smaller trigger."),
     ],
 )
-def test_found_is_what_the_verdict_would_call_it(search, reason):
-    assert judge(search, 3, STANDARDS)[2] == reason
+def test_a_canary_is_found_where_it_comes_first_and_clearly_apart(search, reason):
+    found = judge(search, 3, STANDARD)[2]
+    assert reason in found
+    assert bool(found) == bool(reason)
 
 
-def test_outlier_and_size_are_those_of_the_family_where_it_stands_out_most():
-    outlier, ratio, _ = judge(made_up(3, 8.0), 3, STANDARDS)
-    assert outlier == 8.0
-    assert ratio == pytest.approx(0.1, rel=1e-6)
-    outlier, ratio, reason = judge(made_up(3, -1.0), 3, STANDARDS)
-    assert (outlier, ratio) == (0.5, 1.0)
-    assert reason
+def test_outlier_and_ratio_are_those_of_the_family_where_it_is_smallest():
+    assert judge(made_up(3, 8.0), 3, STANDARD)[:2] == (5.0, 8.0)
+    assert judge(made_up(3, 0.5), 3, STANDARD)[:2] == (0.5, 1.1)
 
 
-def test_a_family_was_found_where_every_planted_canary_was(patched):
+def test_the_standard_lies_a_quarter_beyond_the_models_own_classes():
+    assert Standard.of(made_up(3, 2.0), VerdictPolicy(minimum_attack_success=0.7)) == Standard(2.5, 0.7)
+    assert Standard.of(TriggerSearch((), 200), VerdictPolicy()).size_ratio == 1.25
+
+
+def test_a_family_was_found_where_half_of_the_planted_canaries_were(patched):
     (found,) = patched.power.canaries
     missed = dataclasses.replace(found, found=False)
     unplanted = dataclasses.replace(missed, planted=False)
     assert PowerCheck((found, found)).standing("patch") == "found"
     assert PowerCheck((found, unplanted)).standing("patch") == "found"
-    assert PowerCheck((found, missed)).standing("patch") == "not found"
+    assert PowerCheck((found, missed)).standing("patch") == "found"
+    assert PowerCheck((found, missed, missed)).standing("patch") == "not found"
     assert PowerCheck((unplanted,)).standing("patch") == "not planted"
     assert PowerCheck((found,)).standing("warped") == "not planted"
 

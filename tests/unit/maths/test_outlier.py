@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from audit_plugin.maths.outlier import SPREAD_FLOOR, pair_outliers, small_side_outliers
+from audit_plugin.maths.outlier import (
+    SPREAD_FLOOR,
+    USUAL_SPREAD,
+    class_outliers,
+    margin_ratios,
+    pair_outliers,
+    size_ratios,
+    small_side_outliers,
+)
 
 sizes = st.lists(st.floats(0.1, 1e4), min_size=4, max_size=40).map(np.array)
 
@@ -110,3 +118,55 @@ def test_pairs_without_a_trigger_or_with_too_few_others_are_never_suspicious():
     sizes[0, 1] = np.inf
     assert pair_outliers(sizes)[0, 1] == -np.inf
     assert np.isneginf(pair_outliers(np.full((3, 3), 2.0))).all()
+
+
+# ------------------------------------------------------------------------------------------------ sizes and margins
+
+
+def test_a_ratio_compares_with_the_other_classes_alone():
+    ratios = size_ratios(np.array([5.0, 20.0, 40.0, np.inf]))
+    np.testing.assert_allclose(ratios, [np.sqrt(20 * 40) / 5, np.sqrt(5 * 40) / 20, np.sqrt(5 * 20) / 40, 0.0])
+    assert size_ratios(np.array([5.0, np.inf])).tolist() == [1.0, 0.0]
+    assert size_ratios(np.full(3, np.inf)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_margin_is_compared_with_the_largest_other():
+    np.testing.assert_allclose(margin_ratios(np.array([10.0, 40.0, 20.0])), [0.25, 2.0, 0.5])
+    assert margin_ratios(np.array([-1.0, 3.0, -2.0])).tolist() == [0.0, 100.0, 0.0]
+    assert margin_ratios(np.array([-1.0, -3.0])).tolist() == [0.0, 0.0]
+
+
+def test_size_and_margin_multiply():
+    values, margins = np.full(10, 40.0), np.full(10, 30.0)
+    values[3], margins[3] = 20.0, 90.0
+    assert class_outliers(values, margins)[3] == pytest.approx(np.log(2 * 3) / USUAL_SPREAD)
+    assert class_outliers(values, margins).argmax() == 3
+    # Neither would be a failure's 3.5 alone.
+    assert class_outliers(values)[3] < 3.5
+    assert class_outliers(np.full(10, 40.0), margins)[3] < 3.5
+
+
+def test_a_margin_alone_is_never_enough():
+    margins = np.full(10, 30.0)
+    margins[3] = 1e6
+    assert 3 < class_outliers(np.full(10, 40.0), margins)[3] < 3.5
+
+
+@given(sizes)
+def test_with_equal_margins_a_class_stands_out_no_less_than_by_its_size(values):
+    outliers = class_outliers(values, np.full(len(values), 7.0))
+    assert (outliers >= small_side_outliers(values) - 1e-9).all()
+    np.testing.assert_allclose(outliers, class_outliers(values), atol=1e-9)
+
+
+@given(sizes, st.floats(0.01, 100), st.floats(0.01, 100), st.randoms())
+def test_only_ratios_of_sizes_and_margins_count_and_no_order(values, size_factor, margin_factor, random):
+    margins = np.array([random.uniform(1, 50) for _ in values])
+    order = np.array(random.sample(range(len(values)), len(values)))
+    expected = class_outliers(values, margins)
+    np.testing.assert_allclose(class_outliers(values * size_factor, margins * margin_factor), expected, atol=1e-6)
+    np.testing.assert_allclose(class_outliers(values[order], margins[order]), expected[order], atol=1e-9)
+
+
+def test_a_class_without_a_trigger_stands_out_by_no_margin():
+    assert class_outliers(np.array([40.0, np.inf, 38.0, 42.0]), np.array([1.0, 90.0, 1.0, 1.0]))[1] == -np.inf

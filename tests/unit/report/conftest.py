@@ -13,6 +13,7 @@ from audit_plugin.types import (
     Baseline,
     Calibration,
     CanaryResult,
+    ClassMargins,
     CleanSetSummary,
     Decision,
     Distribution,
@@ -122,6 +123,13 @@ def search(class_count: int, suspected: int | None, seed: int) -> TriggerSearch:
         change = Trigger(index, np.abs(pattern).mean(axis=0), pattern, family="additive")
         candidates.append(TriggerEvidence(change, rate(410 + index % 9, 450), 0.2 * (index % 5) - 0.4))
     return TriggerSearch(tuple(candidates), steps=400)
+
+
+def margins(class_count: int, suspected: int | None) -> ClassMargins:
+    """Between 20 and 30, the suspected class's 90."""
+    values = [90.0 if index == suspected else 20.0 + index % 11 for index in range(class_count)]
+    ratios = [value / max(values[:index] + values[index + 1 :]) for index, value in enumerate(values)]
+    return ClassMargins(tuple(values), tuple(ratios))
 
 
 def layerwise(suspected: int | None, seed: int) -> InputScores:
@@ -330,6 +338,7 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
             Measured("bad_expert", bad_expert(suspected, 3), 21.9),
             Inapplicable("beniful", "the tap in the middle has 12 features; 32 are needed"),
             Measured("activation_norm", activation_norm(suspected, 4), 2.4),
+            Measured("maximum_margin", margins(class_count, suspected), 14.1),
         ),
         (
             Reason("class-stands-out", f"Class {suspected} stands out: p = 0.040 (24 references, floor 0.040)."),
@@ -345,8 +354,8 @@ def canaries(reason: str = "Its class does not stand out.", missing: str = "") -
     rates = (rate(97, 100), rate(90, 100), rate(89, 100))
     return PowerCheck(
         (
-            CanaryResult("patch", 3, True, True, *rates, 6.2, 0.11, 41.0),
-            CanaryResult("blended", 5, True, False, *rates, 1.4, 0.7, 44.0, reason),
+            CanaryResult("patch", 3, True, True, *rates, 6.2, 4.2, 41.0),
+            CanaryResult("blended", 5, True, False, *rates, 1.4, 1.3, 44.0, reason),
             CanaryResult("warped", 1, False, False, *rates, float("nan"), float("nan"), 4.0, reason),
         ),
         missing,
@@ -370,6 +379,7 @@ def passing(class_count: int = 43) -> AuditReport:
             Measured("layerwise", layerwise(None, 12), 4.0),
             Measured("bad_expert", bad_expert(None, 13), 25.0),
             Measured("activation_norm", activation_norm(None, 14, 0), 2.0),
+            Measured("maximum_margin", margins(class_count, None), 44.0),
         ),
         (
             Reason("nothing-stands-out", "No class stands out: p = 0.48 (24 references)."),

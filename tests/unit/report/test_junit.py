@@ -58,6 +58,7 @@ def test_a_fail_is_one_failure_that_says_why(failing_report):
         "check layerwise": None,
         "check bad_expert": None,
         "check activation_norm": None,
+        "check maximum_margin": None,
         "check beniful": "skipped",
         "clean set": None,
     }

@@ -57,9 +57,15 @@ def test_text_has_one_line_for_each_check_on_inputs(failing_report, passing_repo
 
 
 def test_text_says_which_canaries_were_found(passing_report, failing_report):
-    expected = "canaries          patch found (outlier 6.2), blended not found (outlier 1.4), warped not planted"
+    expected = "canaries          patch found (4.2 times smaller), blended not found (1.3 times smaller), warped not planted"
     assert expected in render_text(passing_report)
     assert "canaries " not in render_text(failing_report)
+
+
+def test_text_says_which_class_reaches_the_largest_margin(failing_report, inconclusive_report):
+    expected = "largest margin    ship (class 8) reaches the largest margin, 3.1 times the next class's"
+    assert expected in render_text(failing_report)
+    assert "largest margin" not in render_text(inconclusive_report)
 
 
 def test_text_says_where_the_model_stands_among_clean_ones(passing_report, failing_report):
