@@ -43,6 +43,10 @@ searches = 1
 [source_specific]
 maximum_classes = 0
 
+[maximum_margin]
+starts = 2
+steps = 30
+
 [canaries]
 families = []
 

@@ -327,7 +327,7 @@ def _margins(report: AuditReport) -> dict[str, Any] | None:
         return None
     chart = bar_chart(
         margins.margins,
-        [wording.class_label(report, index) for index in range(len(margins.margins))],
+        [wording.class_name(report, index) for index in range(len(margins.margins))],
         identifier="margins",
         title="Largest margin found for each class",
         quantity="margin of logits",

@@ -227,7 +227,7 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
 def margin_words(report: AuditReport, margins: ClassMargins) -> str:
     """'class "7" (7) reaches the largest margin, 3.2 times the next class's'."""
     found = margins.most_suspicious
-    return f"{class_label(report, found)} reaches the largest margin, {number(margins.ratios[found], 2)} times the next class's"
+    return f"{class_label(report, found)} reaches the largest margin, {decimal(margins.ratios[found])} times the next class's"
 
 
 def canary_words(power: PowerCheck) -> str:

@@ -28,6 +28,7 @@ FAST: dict[str, Any] = {
     "scoring": {"checks": ["layerwise"]},
     "trigger_inversion": {"steps": 20, "searches": 1},
     "source_specific": {"maximum_classes": 0},
+    "maximum_margin": {"starts": 2, "steps": 20},
     "canaries": {"families": []},
 }
 

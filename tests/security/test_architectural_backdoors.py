@@ -348,6 +348,7 @@ def audited(folder: Path, clean: Path) -> AuditReport:
             "scoring": {"checks": ["activation_norm"]},
             "trigger_inversion": {"steps": 60, "searches": 1},
             "source_specific": {"maximum_classes": 0},
+            "maximum_margin": {"starts": 2, "steps": 20},
             "canaries": {"families": []},
             "verdict": {"clear_outlier": 50.0, "minimum_outlier": 50.0},
         }

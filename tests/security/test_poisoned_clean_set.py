@@ -136,6 +136,7 @@ def test_the_audit_is_inconclusive_then(poison: Poisoning, backdoored: nn.Module
             "scoring": {"checks": ["activation_norm"]},
             "trigger_inversion": {"steps": 60, "searches": 1},
             "source_specific": {"maximum_classes": 0},
+            "maximum_margin": {"starts": 2, "steps": 20},
             "canaries": {"families": []},
         }
     )

@@ -109,7 +109,7 @@ def test_an_unknown_recipe_names_the_nearest(data_dir, tmp_path):
 def test_other_architectures_and_hard_models_train_and_export(data_dir, tmp_path):
     names = [
         "cifar10_clean_vgg_0",
-        "cifar10_low_rate_mobilenet",
+        "cifar10_low_rate_cnn",
         "cifar10_clean_resnet18_imbalanced",
         "cifar10_clean_vgg_adversarial",
     ]
