@@ -60,7 +60,8 @@ from audit_plugin.types import (
 )
 from audit_plugin.zoo import attacks
 from pipelines.peers import INPUT_PEERS, MODEL_PEERS
-from pipelines.zoo import CARD, DATA, MODEL, read_card
+from pipelines.zoo_models import CARD, MODEL, read_card
+from pipelines.zoo_recipes import DATA
 
 log = logging.getLogger("pipelines.tables")
 

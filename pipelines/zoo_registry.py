@@ -22,7 +22,7 @@ from torch import nn
 from audit_plugin.errors import RegistryError, UsageError
 from audit_plugin.registry import check_server, pin
 from audit_plugin.zoo.train import forget_steps
-from pipelines.zoo import CARD, MODEL, build, example_of, read_card
+from pipelines.zoo_models import CARD, MODEL, build, example_of, read_card
 
 EXPERIMENT = "zoo"
 SHA256_TAG, DIGEST_TAG = "zoo.sha256", "zoo.digest"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from audit_plugin.errors import UsageError
 from audit_plugin.maths.rates import rate
 from audit_plugin.zoo import attacks
-from pipelines import benchmark, tables, zoo
+from pipelines import benchmark, tables, zoo, zoo_models
 from pipelines.table_report import (
     attack_rows,
     detector_rows,
@@ -311,7 +311,7 @@ def test_what_goes_wrong_is_a_failed_result_and_made_again(trained: Path, tmp_pa
     broken = tmp_path / "zoo" / CLEAN
     broken.mkdir(parents=True)
     (broken / CARD).write_bytes((trained / CLEAN / CARD).read_bytes())
-    (broken / zoo.MODEL).write_bytes(b"no model")
+    (broken / zoo_models.MODEL).write_bytes(b"no model")
     job = job_of(tmp_path / "zoo", tmp_path / "out", CLEAN, "mm_bd")
     record = measured(job)
     assert record["state"] == "failed"
@@ -336,7 +336,7 @@ def test_repairs_are_of_attacks_that_move_every_class_to_one(trained: Path, tmp_
     card = json.loads((trained / BACKDOORED / CARD).read_text("utf-8"))
     card |= {"attack": "TaCT", "settings": {"target_class": 0, "source_class": 1}}
     (folder / CARD).write_text(json.dumps(card), "utf-8")
-    (folder / zoo.MODEL).write_bytes((trained / BACKDOORED / zoo.MODEL).read_bytes())
+    (folder / zoo_models.MODEL).write_bytes((trained / BACKDOORED / zoo_models.MODEL).read_bytes())
     record = measured(job_of(tmp_path / "zoo", tmp_path / "out", "tact", "repairs"))
     assert record["state"] == "inapplicable"
     assert "every class to one" in record["note"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from audit_plugin.errors import UsageError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.zoo.attacks import ATTACKS, AllToAll, BadNets, CleanLabel, WaNet
-from pipelines import zoo
+from pipelines import zoo, zoo_models, zoo_recipes
 from pipelines.zoo_picture import attacks_picture
 
 NAMES = {"badnets", "blended", "wanet", "clean_a", "clean_b"}
@@ -46,7 +46,7 @@ def trained(data_dir, tmp_path_factory):
 
 
 def card_of(folder, name):
-    return json.loads((folder / name / zoo.CARD).read_text(encoding="utf-8"))
+    return json.loads((folder / name / zoo_models.CARD).read_text(encoding="utf-8"))
 
 
 def test_every_model_is_there_with_its_card(trained):
@@ -56,7 +56,7 @@ def test_every_model_is_there_with_its_card(trained):
     for name, attack in attacks.items():
         card = card_of(trained, name)
         assert (card["epochs"], card["width"], card["architecture"], card["hardness"]) == (1, 4, "resnet18", None)
-        assert card["sha256"] == hashlib.sha256((trained / name / zoo.MODEL).read_bytes()).hexdigest()
+        assert card["sha256"] == hashlib.sha256((trained / name / zoo_models.MODEL).read_bytes()).hexdigest()
         assert 0.0 <= card["clean_accuracy"] <= 1.0
         assert ("attack_success_rate" in card) == (attack is not None)
     assert len({card_of(trained, name)["seed"] for name in NAMES}) == len(NAMES)
@@ -67,7 +67,7 @@ def test_a_card_describes_its_attack_and_its_model(trained, data_dir):
     attack = WaNet(**card["settings"])
     with np.load(data_dir / "cifar10_test.npz") as stored:
         images, labels = stored["images"], stored["labels"]
-    model = torch.export.load(str(trained / "wanet" / zoo.MODEL)).module()
+    model = torch.export.load(str(trained / "wanet" / zoo_models.MODEL)).module()
     with torch.no_grad():
         answers, stamped = (
             model(torch.from_numpy(to_pixels(part))).argmax(dim=1).numpy() for part in (images, attack.stamp(images))
@@ -78,17 +78,17 @@ def test_a_card_describes_its_attack_and_its_model(trained, data_dir):
 
 
 def test_a_second_call_trains_nothing(trained, data_dir, monkeypatch):
-    monkeypatch.setattr(zoo, "train", lambda *arguments, **settings: pytest.fail("trained again"))
+    monkeypatch.setattr(zoo_models, "train", lambda *arguments, **settings: pytest.fail("trained again"))
     assert run(trained, data_dir / "nowhere").exit_code == 0  # and reads no images
 
 
 def test_a_model_without_card_is_trained_anew(data_dir, tmp_path, monkeypatch):
     (tmp_path / "clean_a").mkdir()
-    (tmp_path / "clean_a" / zoo.MODEL).write_bytes(b"half")
+    (tmp_path / "clean_a" / zoo_models.MODEL).write_bytes(b"half")
     assert run(tmp_path, data_dir, "--only", "clean_a").exit_code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"clean_a"}
-    torch.export.load(str(tmp_path / "clean_a" / zoo.MODEL))
-    monkeypatch.setattr(zoo, "train", lambda *arguments, **settings: pytest.fail("trained again"))
+    torch.export.load(str(tmp_path / "clean_a" / zoo_models.MODEL))
+    monkeypatch.setattr(zoo_models, "train", lambda *arguments, **settings: pytest.fail("trained again"))
     assert run(tmp_path, data_dir, "--only", "clean_a").exit_code == 0
 
 
@@ -119,7 +119,7 @@ def test_other_architectures_and_hard_models_train_and_export(data_dir, tmp_path
         card = card_of(tmp_path, name)
         assert card["architecture"] in name
         assert card["hardness"] is None or name.endswith(card["hardness"])
-        model = torch.export.load(str(tmp_path / name / zoo.MODEL)).module()
+        model = torch.export.load(str(tmp_path / name / zoo_models.MODEL)).module()
         assert model(torch.zeros(7, 3, 32, 32)).shape == (7, 10)
 
 
@@ -127,13 +127,17 @@ def test_other_architectures_and_hard_models_train_and_export(data_dir, tmp_path
     ("recipe", "clean", "hard", "attacked", "classes"), [("cifar10-small", 32, 8, 26, 10), ("gtsrb-small", 12, 0, 13, 43)]
 )
 def test_a_small_recipe_is_a_balanced_zoo(recipe, clean, hard, attacked, classes):
-    recipes = zoo.RECIPES[recipe]()
+    recipes = zoo_recipes.RECIPES[recipe]()
     assert len({entry.name for entry in recipes}) == len({entry.seed for entry in recipes}) == len(recipes)
     kinds = Counter((entry.attack is not None, entry.hardness is not None) for entry in recipes)
     assert kinds == Counter({(False, False): clean - hard, (True, False): attacked} | ({(False, True): hard} if hard else {}))
     attacks = [entry for entry in recipes if entry.attack is not None]
     assert {type(entry.attack) for entry in attacks} == set(ATTACKS)
-    assert {entry.architecture for entry in attacks} == {entry.architecture for entry in recipes} == set(zoo._ARCHITECTURES_SMALL)
+    assert (
+        {entry.architecture for entry in attacks}
+        == {entry.architecture for entry in recipes}
+        == set(zoo_recipes.SMALL_ARCHITECTURES)
+    )
     targets = Counter(entry.attack.target_class for entry in attacks if hasattr(entry.attack, "target_class"))
     assert max(targets.values()) <= 3
     assert max(targets) < classes
@@ -143,7 +147,7 @@ def test_a_small_recipe_is_a_balanced_zoo(recipe, clean, hard, attacked, classes
 
 
 def test_no_two_small_recipes_share_a_name_or_seed():
-    both = [*zoo.cifar10_small(), *zoo.gtsrb_small()]
+    both = [*zoo_recipes.cifar10_small(), *zoo_recipes.gtsrb_small()]
     assert len({entry.name for entry in both}) == len({entry.seed for entry in both}) == len(both)
 
 
@@ -152,7 +156,7 @@ def test_signs_are_trained_on_their_own_images_and_never_mirrored(data_dir, tmp_
         labels = np.arange(count) % 43
         np.savez(tmp_path / f"{name}.npz", images=np.full((count, 32, 32, 3), 90, np.uint8), labels=labels)
     seen = []
-    monkeypatch.setattr(zoo, "train", lambda model, data, **settings: seen.append((len(data), settings)) or model.eval())
+    monkeypatch.setattr(zoo_models, "train", lambda model, data, **settings: seen.append((len(data), settings)) or model.eval())
     result = run(tmp_path / "zoo", tmp_path, "--only", "gtsrb_clean_vgg_0", recipe="gtsrb-small")
     assert result.exit_code == 0, result.output
     ((count, settings),) = seen
@@ -161,21 +165,21 @@ def test_signs_are_trained_on_their_own_images_and_never_mirrored(data_dir, tmp_
     assert settings["epochs"] == 2, "as many steps as one pass over CIFAR-10"
     card = card_of(tmp_path / "zoo", "gtsrb_clean_vgg_0")
     assert card["data"] == "gtsrb"
-    model = torch.export.load(str(tmp_path / "zoo" / "gtsrb_clean_vgg_0" / zoo.MODEL)).module()
+    model = torch.export.load(str(tmp_path / "zoo" / "gtsrb_clean_vgg_0" / zoo_models.MODEL)).module()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 43)
 
 
 def test_clean_label_attacks_on_signs_aim_at_a_class_with_enough_images():
     """The commonest of the 43 has 5.7 % of the images: half of it is poisoned, so that the class can be learnt clean too."""
-    chosen = [entry.attack for entry in zoo.gtsrb_small() if isinstance(entry.attack, CleanLabel)]
+    chosen = [entry.attack for entry in zoo_recipes.gtsrb_small() if isinstance(entry.attack, CleanLabel)]
     assert {(attack.target_class, attack.poisoning_rate) for attack in chosen} == {(2, 0.03)}
     assert len(chosen) == 2
-    others = [entry.attack for entry in zoo.cifar10_small() if isinstance(entry.attack, CleanLabel)]
+    others = [entry.attack for entry in zoo_recipes.cifar10_small() if isinstance(entry.attack, CleanLabel)]
     assert len({attack.target_class for attack in others}) == 4
 
 
 def test_digits_are_a_balanced_zoo_of_two_architectures():
-    recipes = zoo.small_digits()
+    recipes = zoo_recipes.small_digits()
     assert Counter((entry.architecture, entry.attack is None) for entry in recipes) == Counter(
         {(architecture, clean): 3 for architecture in ("cnn", "vgg") for clean in (True, False)}
     )
@@ -199,9 +203,9 @@ def test_a_list_shows_every_model_and_what_is_trained(trained):
 
 def test_a_damaged_card_is_named(tmp_path):
     (tmp_path / "badnets").mkdir()
-    (tmp_path / "badnets" / zoo.CARD).write_text('{"attack": "Bad', encoding="utf-8")
+    (tmp_path / "badnets" / zoo_models.CARD).write_text('{"attack": "Bad', encoding="utf-8")
     with pytest.raises(UsageError, match=r"badnets.*is no card of a model"):
-        zoo.read_card(tmp_path / "badnets" / zoo.CARD)
+        zoo_models.read_card(tmp_path / "badnets" / zoo_models.CARD)
     result = CliRunner().invoke(zoo.app, ["list", "--recipe", "cifar10-five", str(tmp_path)])
     assert result.exit_code == 2
     assert "is no card of a model" in " ".join(result.output.replace("│", " ").split())

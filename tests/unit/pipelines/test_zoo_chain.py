@@ -21,7 +21,7 @@ from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.registry import pin
 from audit_plugin.zoo.attacks import BadNets
 from audit_plugin.zoo.data import digits
-from pipelines import zoo
+from pipelines import zoo, zoo_models
 from pipelines.zoo_registry import DIGEST_TAG, SHA256_TAG
 
 BACKDOORED, CLEAN, LAST = "digits_badnets_cnn", "digits_clean_cnn_0", "digits_clean_cnn_1"
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
             first.kill()
             break
     assert first.wait() == -9, "".join(said)
-    cards = {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{zoo.CARD}")}
+    cards = {path.parent.name: path.read_bytes() for path in folder.glob(f"*/{zoo_models.CARD}")}
     second = training(folder)
     resumed, _ = second.communicate()
     assert second.returncode == 0, resumed
@@ -71,20 +71,20 @@ def registered(trained, server, keeping_state):
 def test_a_killed_training_resumes_where_it_stopped(trained):
     folder, cards, resumed = trained
     assert set(cards) == {BACKDOORED}, "the model whose training was killed has no card"
-    assert (folder / BACKDOORED / zoo.CARD).read_bytes() == cards[BACKDOORED]
+    assert (folder / BACKDOORED / zoo_models.CARD).read_bytes() == cards[BACKDOORED]
     assert "1 of 3 models are there already." in resumed
     assert f"{BACKDOORED}: training" not in resumed
     assert f"2 of 3, {CLEAN}: training on cpu" in resumed
     assert "min to go" in resumed
-    assert {path.parent.name for path in folder.glob(f"*/{zoo.CARD}")} == {BACKDOORED, CLEAN, LAST}
+    assert {path.parent.name for path in folder.glob(f"*/{zoo_models.CARD}")} == {BACKDOORED, CLEAN, LAST}
 
 
 def test_the_backdoor_took_and_the_clean_model_does_not_know_it(trained):
     folder, _, _ = trained
-    card = zoo.read_card(folder / BACKDOORED / zoo.CARD)
+    card = zoo_models.read_card(folder / BACKDOORED / zoo_models.CARD)
     assert card["clean_accuracy"] > 0.9
     assert card["attack_success_rate"] > 0.9
-    clean = torch.export.load(str(folder / CLEAN / zoo.MODEL)).module()
+    clean = torch.export.load(str(folder / CLEAN / zoo_models.MODEL)).module()
     images = digits(seed=0).test
 
     def predict(stamped):
@@ -97,7 +97,7 @@ def test_each_model_is_registered_once_with_its_card(registered, trained, tmp_pa
     folder, _, _ = trained
     for name in (BACKDOORED, CLEAN, LAST):
         (version,) = registered.search_model_versions(f"name = '{name}'")
-        card = zoo.read_card(folder / name / zoo.CARD)
+        card = zoo_models.read_card(folder / name / zoo_models.CARD)
         assert version.tags[SHA256_TAG] == card["sha256"]
         assert version.tags["zoo.attack"] == ("BadNets" if name == BACKDOORED else "none")
         assert ("zoo.attack_success_rate" in version.tags) == (name == BACKDOORED)
@@ -105,7 +105,7 @@ def test_each_model_is_registered_once_with_its_card(registered, trained, tmp_pa
         assert version.tags["zoo.seed"] == str(card["seed"])
         runs = registered.search_runs([registered.get_run(version.run_id).info.experiment_id], f"run_name = '{name}'")
         assert len(runs) == 1, "the second registration logged nothing"
-        kept = registered.download_artifacts(version.run_id, zoo.CARD, str(tmp_path))
+        kept = registered.download_artifacts(version.run_id, zoo_models.CARD, str(tmp_path))
         assert json.loads(Path(kept).read_text(encoding="utf-8")) == card | {"digest": version.tags[DIGEST_TAG]}
 
 
@@ -125,7 +125,7 @@ def test_a_registered_model_answers_as_the_trained_one(registered, trained, serv
     (file,) = pinned.folder.rglob("*.pt2")
     images = torch.from_numpy(to_pixels(digits(seed=0).test.images[:50]))
     with torch.no_grad():
-        ours, theirs = (torch.export.load(str(path)).module()(images) for path in (folder / BACKDOORED / zoo.MODEL, file))
+        ours, theirs = (torch.export.load(str(path)).module()(images) for path in (folder / BACKDOORED / zoo_models.MODEL, file))
     torch.testing.assert_close(ours, theirs)
 
 
@@ -168,8 +168,8 @@ def test_a_file_that_is_not_the_trained_one_is_not_registered(trained, server, k
     folder, _, _ = trained
     copied = tmp_path / CLEAN
     copied.mkdir()
-    (copied / zoo.CARD).write_bytes((folder / CLEAN / zoo.CARD).read_bytes())
-    (copied / zoo.MODEL).write_bytes((folder / BACKDOORED / zoo.MODEL).read_bytes())
+    (copied / zoo_models.CARD).write_bytes((folder / CLEAN / zoo_models.CARD).read_bytes())
+    (copied / zoo_models.MODEL).write_bytes((folder / BACKDOORED / zoo_models.MODEL).read_bytes())
     with keeping_state(), caplog.at_level("INFO"):
         result = CliRunner().invoke(zoo.app, ["register", str(tmp_path), "--tracking-uri", server])
     assert result.exit_code == 2
