@@ -253,8 +253,8 @@ def search_classes(
 ) -> list[Outcome]:
     """How surely each class can be reached at all, and by how small a trigger."""
     search = policy.trigger_inversion
-    classes = range(min(subject.class_count, search.maximum_classes))
-    reached = run_check(margin.name, lambda: measure_classes(margin, subject, classes, rng))
+    count = min(subject.class_count, search.maximum_classes)
+    reached = run_check(margin.name, lambda: measure_classes(margin, subject, count, rng))
     found = run_check(
         probe.name,
         lambda: measure_probe(

@@ -248,11 +248,12 @@ class Policy:
         _check_ranges(self)
 
     def quick(self) -> Policy:
-        """The same with one canary of each family and one search: another policy, with another digest."""
+        """The same with one canary of each family and, unless a pool was measured with more, one search; another digest."""
+        searches = self.trigger_inversion.searches if self.reference_pool else 1
         return dataclasses.replace(
             self,
             canaries=dataclasses.replace(self.canaries, count=1),
-            trigger_inversion=dataclasses.replace(self.trigger_inversion, searches=1),
+            trigger_inversion=dataclasses.replace(self.trigger_inversion, searches=searches),
         )
 
     def clean_images_for(self, name: str) -> str | None:

@@ -260,7 +260,7 @@ class TriggerSearch:
 
     @property
     def most_suspicious(self) -> TriggerEvidence:
-        """The candidate that lies furthest below the others of its family."""
+        """The candidate whose class stands out most."""
         return max(self.candidates, key=lambda candidate: candidate.outlier)
 
 
@@ -342,7 +342,7 @@ class InputScores:
 
 @dataclass(frozen=True)
 class ClassMargins:
-    """The largest margin of logits (a class's minus the largest other) that any image was found to reach, by class.
+    """The largest margin of logits (a class's minus the largest other) of the images that were found, by class.
 
     Attributes:
         margins: (classes,), of the first classes where not all were measured.
@@ -355,7 +355,7 @@ class ClassMargins:
     @property
     def most_suspicious(self) -> int:
         """The class whose margin is the largest."""
-        return max(range(len(self.ratios)), key=self.ratios.__getitem__)
+        return max(range(len(self.margins)), key=self.margins.__getitem__)
 
 
 Measurement: TypeAlias = TriggerSearch | InputScores | ClassMargins

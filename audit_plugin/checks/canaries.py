@@ -8,7 +8,7 @@ split, a few of which carry the trigger in every batch (x~), by
 KL at temperature 2, so that the copy keeps the model's answers. Among the others are as many images with other triggers of the
 same family, drawn anew in every batch, lest the copy learn that anything odd means the target. It stops as soon as 98 % of the
 calibrate split's images obey and the accuracy there is back: the backdoor is no stronger than it must be. What was planted
-is measured on the test split, by ONNX Runtime, and then the copy is searched as the model itself was.
+is measured on the test split, by ONNX Runtime, and then the copy is searched: once, among a few classes, without margins.
 
 * ``patch``: a square of a tenth of the image's side, at least three pixels, at a random place, half of its points white and half
   black;
@@ -103,16 +103,19 @@ class Standard:
     Attributes:
         size_ratio: how many times smaller than the others' its trigger must at least be.
         attack_success: that the recovered trigger must at least have, in [0, 1].
+        rival: the most conspicuous of the model's own classes, which is searched in every copy too.
     """
 
     size_ratio: float
     attack_success: float
+    rival: int | None = None
 
     @staticmethod
     def of(own: TriggerSearch, policy: VerdictPolicy) -> Standard:
         """For copies of a model whose own classes were searched."""
         most = max((found.size_ratio for found in own.candidates), default=1.0)
-        return Standard(_APART * max(most, 1.0), policy.minimum_attack_success)
+        rival = own.most_suspicious.trigger.target_class if own.candidates else None
+        return Standard(_APART * max(most, 1.0), policy.minimum_attack_success, rival)
 
 
 def check_power(
@@ -156,7 +159,8 @@ def _try(
     """One canary: planted, measured and, if it took, searched for."""
     started = time.perf_counter()
     drawn = dict.fromkeys(splits.fit.labels[rng.permutation(len(splits.fit))].tolist())  # each class once, in random order
-    target, *others = list(drawn)[:classes]
+    target, *others = drawn
+    others = sorted(others, key=lambda label: label != standard.rival)[: classes - 1]
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     stamp = TRIGGERS[family](splits.fit.images.shape[1:], generator)
     planted = subject.retrained(_plant(subject, splits, family, stamp, target, generator, planting))
@@ -198,7 +202,9 @@ def judge(search: TriggerSearch, target: int, standard: Standard) -> tuple[float
     """
     most = max(search.candidates, key=lambda found: found.size_ratio)
     own = max((found for found in search.candidates if found.trigger.target_class == target), key=lambda found: found.size_ratio)
-    if most.trigger.target_class != target:
+    if own.outlier <= 0:
+        reason = "The search found too few working triggers in the copy to compare its own with."
+    elif most.trigger.target_class != target:
         reason = "Another class needs a smaller trigger."
     elif own.size_ratio < standard.size_ratio:
         reason = (

@@ -1,15 +1,16 @@
 """Maximum margin: how surely the model can be made to see each class, whatever the image.
 
 For each class t the margin f_t(x) - max over s != t of f_s(x) of the logits is maximised over images x in [0, 1] by gradient
-ascent from random ones; r_t is the largest margin reached (Wang, Xiang, Miller and Kesidis 2024). Training with a backdoor
-raises the margin of its target class far above the others', for triggers too that no patch imitates. No clean image is needed.
+ascent from random ones; r_t is the largest, over the starts, of the margins at its end (Wang, Xiang, Miller and Kesidis 2024).
+Training with a backdoor raises the margin of its target class far above the others', for triggers too that no patch imitates. No
+clean image is needed.
 
 What we do differently from the authors' code (github.com/wanghangpsu/MM-BD), and why:
 
 * their decision, p < 0.05 for a Gamma distribution fitted to the other classes, is not taken: on clean models it holds far too
   often. A margin is compared with the other classes', together with the size of the class's trigger
   (:func:`audit_plugin.maths.outlier.class_outliers`);
-* 5 random starts instead of 30, the same ones for every class: of 30 the best is at most a sixth better;
+* 5 random starts instead of 30, the same ones for every class;
 * momentum is left out: the authors make their optimiser anew in each step, so that theirs never acts.
 """
 
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from audit_plugin.checks.base import ClassMeasure
+from audit_plugin.errors import InapplicableError
 from audit_plugin.model.fine_tuning import compute_device
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FloatArray
 
 _STEP = 0.01
 _SMALLEST_CHANGE = 1e-5
+_FEWEST_REACHED = 3
 _MOST_IMAGES = 2048  # that go through the network at once
 
 
@@ -50,7 +53,8 @@ class MaximumMargin(ClassMeasure):
         """The largest margin reached for each class, (classes,).
 
         Raises:
-            InapplicableError: the model gives no gradients.
+            InapplicableError: the model gives no gradients, or the ascent finds images of fewer than three classes: it led
+                nowhere, and there is nothing to compare.
         """
         device, module, spec = compute_device(), subject.torch_module(), subject.summary.input_spec
         shape = (self.starts, spec.channels, spec.height, spec.width)
@@ -58,9 +62,16 @@ class MaximumMargin(ClassMeasure):
         module.to(device)
         try:
             groups = torch.tensor(list(classes), device=device).split(max(_MOST_IMAGES // self.starts, 1))
-            return np.concatenate([self._ascend(module, start, targets) for targets in groups])
+            found = np.concatenate([self._ascend(module, start, targets) for targets in groups])
         finally:
             module.to("cpu")
+        reached = int((found > 0).sum())
+        if reached < _FEWEST_REACHED:
+            raise InapplicableError(
+                f"Gradient ascent found images of only {reached} of {len(found)} classes, too few to compare margins. A model "
+                "that hides its gradients, or whose logits differ by very little, ends here."
+            )
+        return found
 
     def _ascend(self, module: nn.Module, start: Tensor, targets: Tensor) -> FloatArray:
         images = start.repeat(len(targets), 1, 1, 1).requires_grad_(True)

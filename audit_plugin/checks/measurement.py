@@ -157,15 +157,15 @@ def _pair_outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> N
     return outliers
 
 
-def measure_classes(measure: ClassMeasure, subject: Subject, classes: Sequence[int], rng: np.random.Generator) -> ClassMargins:
-    """What a measure finds for each of ``classes``, and each over the largest of the others.
+def measure_classes(measure: ClassMeasure, subject: Subject, count: int, rng: np.random.Generator) -> ClassMargins:
+    """What a measure finds for each of the first ``count`` classes, and each over the largest of the others.
 
     Raises:
         RuntimeError: the measure broke its contract (wrong shape, NaN).
     """
-    found = np.asarray(measure.measure(subject, classes, rng), dtype=np.float64)
-    if found.shape != (len(classes),) or not np.isfinite(found).all():
-        raise RuntimeError(f"{type(measure).__name__} returned no finite number for each of {len(classes)} classes")
+    found = np.asarray(measure.measure(subject, range(count), rng), dtype=np.float64)
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise RuntimeError(f"{type(measure).__name__} returned no finite number for each of {count} classes")
     return ClassMargins(tuple(found.tolist()), tuple(margin_ratios(found).tolist()))
 
 

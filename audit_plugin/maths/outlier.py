@@ -20,7 +20,6 @@ USUAL_SPREAD = 0.4
 multiply to 4.06; docs/decisions/0007 has the figures."""
 
 _MOST = 100.0
-_LARGEST_MARGIN_RATIO = 4.0  # what counts of one: a margin alone must not make a failure
 
 
 def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
@@ -29,7 +28,7 @@ def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | No
     * Its trigger against this model's own spread: :func:`small_side_outliers`. Nine other classes estimate that spread badly.
     * Its trigger and its margin together, against the spread that clean models usually have:
       (log of :func:`size_ratios` + log of :func:`margin_ratios`) / :data:`USUAL_SPREAD`. The two are measured independently, one
-      on images and one without any; a backdoor moves both.
+      on images and one without any; a backdoor moves both. A margin counts at most as much as the trigger: it is easily faked.
 
     Args:
         sizes: (classes,), positive; infinite where no trigger was found.
@@ -44,7 +43,7 @@ def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | No
     ratios = size_ratios(sizes)
     logs = np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
     if margins is not None:
-        logs = logs + np.log(np.clip(margin_ratios(margins), 1.0, _LARGEST_MARGIN_RATIO))
+        logs = logs + np.clip(np.log(np.maximum(margin_ratios(margins), 1.0)), 0.0, np.maximum(logs, 0.0))
     return np.maximum(apart, logs / USUAL_SPREAD)
 
 

@@ -227,6 +227,8 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
 def margin_words(report: AuditReport, margins: ClassMargins) -> str:
     """'class "7" (7) reaches the largest margin, 3.2 times the next class's'."""
     found = margins.most_suspicious
+    if margins.margins[found] <= 0:
+        return "no class reaches a positive margin"
     return f"{class_label(report, found)} reaches the largest margin, {decimal(margins.ratios[found])} times the next class's"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from audit_plugin.checks import MaximumMargin
+from audit_plugin.errors import InapplicableError
 
 SIZE, CLASSES = 4, 5
 
@@ -26,7 +27,7 @@ class Linear(nn.Module):
 
 
 def ascend(weights: np.ndarray, target: int, start: np.ndarray, steps: int) -> float:
-    """The largest margin on the way, step by step: x <- x + 0.01 * gradient of f_t - max of the others at clip(x)."""
+    """The largest margin at the end, step by step: x <- x + 0.01 * gradient of f_t - max of the others at clip(x)."""
     largest, images, last = -np.inf, start.copy(), np.inf
     for _ in range(steps):
         inside = np.clip(images, 0, 1)
@@ -57,14 +58,17 @@ def test_as_written_out_in_numpy(weights, make_subject):
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # float32 against float64 over 40 steps
 
 
-def test_two_classes_reach_their_closed_form(make_subject):
-    # With two classes the margin is linear: the best image is white where the weights favour the class.
-    weights = np.random.default_rng(1).normal(size=(2, SIZE * SIZE))
-    found = MaximumMargin(starts=2, steps=3000).measure(
-        make_subject(Linear(weights), 1, SIZE), range(2), np.random.default_rng(0)
+def test_opposite_classes_reach_their_closed_form(make_subject):
+    # Two classes with opposite weights, and two that never win: the margin of the first two is linear in the pixels, and the best
+    # image is white where the weights favour the class. The third wins on black images alone.
+    rows = np.random.default_rng(1).normal(size=SIZE * SIZE)
+    weights = np.stack([rows, -rows, np.zeros(SIZE * SIZE)])
+    measure = MaximumMargin(starts=2, steps=3000)
+    found = measure._ascend(
+        make_subject(Linear(weights), 1, SIZE).torch_module(), torch.rand(2, 1, SIZE, SIZE), torch.tensor([0, 1])
     )
-    difference = weights[0] - weights[1]
-    np.testing.assert_allclose(found, [difference.clip(min=0).sum(), (-difference).clip(min=0).sum()], rtol=0.02)
+    expected = [rows.clip(min=0).sum(), (-rows).clip(min=0).sum()]
+    np.testing.assert_allclose(found, expected, rtol=0.02)
 
 
 def test_classes_renumbered_have_their_margins_renumbered(weights, make_subject):
@@ -86,3 +90,19 @@ def test_a_planted_class_reaches_far_more_than_its_clean_twin(weights, make_subj
     assert margins[1].argmax() == 3
     assert margins[1][3] > 4 * np.delete(margins[1], 3).max()
     assert margins[0][3] < 2 * np.delete(margins[0], 3).max()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-6])
+def test_where_the_ascent_leads_nowhere_nothing_is_measured(weights, make_subject, factor):
+    with pytest.raises(InapplicableError, match=r"images of only [01] of 5 classes"):
+        MaximumMargin(steps=30).measure(make_subject(Tiny(weights, factor), 1, SIZE), range(CLASSES), np.random.default_rng(0))
+
+
+class Tiny(Linear):
+    """Answers with class 0 whatever it sees, but for what ``factor`` lets through."""
+
+    def __init__(self, weights: np.ndarray, factor: float) -> None:
+        super().__init__(weights * factor)
+
+    def forward(self, pixels):
+        return super().forward(pixels) + nn.functional.one_hot(torch.tensor(0), CLASSES)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from audit_plugin.calibration import ReferencePool
 from audit_plugin.errors import UsageError
 from audit_plugin.policy import Policy, load_policy, policy_from
 from audit_plugin.requirements import clean_images_of
@@ -137,3 +140,5 @@ def test_a_quick_policy_plants_and_searches_once_and_has_another_digest():
     assert (quick.trigger_inversion.searches, quick.trigger_inversion.steps) == (1, 77)
     assert quick.digest != policy.digest
     assert quick.quick() == quick
+    compared = dataclasses.replace(policy, reference_pool=ReferencePool("ours", {}, {}, "0.1.0", ()))
+    assert compared.quick().trigger_inversion == policy.trigger_inversion

@@ -219,7 +219,7 @@ def canary(family: str, standing: str) -> CanaryResult:
     planted, found = standing != "not planted", standing == "found"
     reason = {"found": "", "not found": "Its class does not stand out.", "not planted": "It cost 9.0% accuracy."}[standing]
     rates = (rate(97, 100), rate(90, 100), rate(89, 100))
-    return CanaryResult(family, 3, planted, found, *rates, 4.0, 0.2, 30.0, reason)  # type: ignore[arg-type]
+    return CanaryResult(family, 3, planted, found, *rates, 4.0, 4.9, 30.0, reason)  # type: ignore[arg-type]
 
 
 def with_canaries(power, *required, smallest=39.0, detected=2):
@@ -257,10 +257,30 @@ def test_nothing_passes_without_its_required_canaries(power, code, told):
     assert told in reason.message
 
 
-@pytest.mark.parametrize(("standing", "expected"), [("found", Verdict.PASS), ("not found", Verdict.INCONCLUSIVE)])
-def test_between_the_thresholds_canaries_decide(standing, expected):
-    assert with_canaries(PowerCheck((canary("patch", standing),)), "patch", smallest=21).verdict is expected
-    assert with_canaries(PowerCheck((canary("patch", standing),)), smallest=21).verdict is Verdict.INCONCLUSIVE
+@pytest.mark.parametrize(
+    ("standing", "outlier", "expected"),
+    [("found", 3.6, Verdict.PASS), ("found", 3.0, Verdict.INCONCLUSIVE), ("not found", 3.6, Verdict.INCONCLUSIVE)],
+)
+def test_between_the_thresholds_canaries_decide_that_stand_out_more(standing, outlier, expected):
+    own = search(21).measurement.most_suspicious.outlier
+    assert 3.0 < own < 3.5
+    power = PowerCheck((dataclasses.replace(canary("patch", standing), outlier=outlier),))
+    decision = with_canaries(power, "patch", smallest=21)
+    assert decision.verdict is expected
+    assert ("canary-not-found" in codes(decision)) == (standing == "not found")
+    told = [reason.message for reason in decision.reasons if reason.code == "no-class-stands-out"]
+    assert all("less than the known backdoors" in message for message in told)
+    assert with_canaries(power, smallest=21).verdict is Verdict.INCONCLUSIVE  # where none is required, none decides
+
+
+def test_a_stricter_failure_is_no_laxer_pass():
+    power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=3.2),))
+    outcomes = (search(20), layerwise())
+    assert 3.2 < search(20).measurement.most_suspicious.outlier < 3.9
+    decision = decide(
+        outcomes, GOOD, NAMES, VerdictPolicy(minimum_outlier=4.0), REQUIRED, canaries=power, required_canaries=("patch",)
+    )
+    assert decision.verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_pool_outvotes_canaries_between_the_thresholds():
@@ -281,7 +301,7 @@ def test_a_pool_outvotes_canaries_between_the_thresholds():
 def test_the_size_is_told_with_the_margin_where_one_was_measured():
     margins = Measured("maximum_margin", ClassMargins((10.0,) * 3 + (32.0,) + (10.0,) * 6, (0.3,) * 3 + (3.2,) + (0.3,) * 6), 1.0)
     (size,) = [reason for reason in verdict(search(5), layerwise(), margins).reasons if reason.code == "trigger-size"]
-    assert "its largest margin is 3.2 times that of the next class" in size.message
+    assert "its largest margin is 3.2 times the largest other class's" in size.message
     (size,) = [reason for reason in verdict(search(5), layerwise()).reasons if reason.code == "trigger-size"]
     assert "margin" not in size.message
 

@@ -29,14 +29,14 @@ PATIENT = Planting(steps=800)  # stops earlier where the canary takes; so small 
 QUICK = Planting(steps=10)  # too few for anything but its course
 
 
-def made_up(target: int, ratio: float, success: int = 95, classes=range(10), others: float = 1.1) -> TriggerSearch:
+def made_up(target, ratio, success=95, classes=range(10), others=1.1, outlier=5.0) -> TriggerSearch:
     """A search in two families in which the patch for ``target`` is ``ratio`` times smaller than the others."""
 
     def candidate(label, family):
         own = label == target and family == "patch"
         mask = np.full((10, 10), 0.4 / (ratio if own else 1.0), np.float32)
         found = Trigger(label, mask, np.ones((1, 10, 10), np.float32), family=family)
-        return TriggerEvidence(found, rate(success if own else 90, 100), 5.0 if own else 0.5, ratio if own else others)
+        return TriggerEvidence(found, rate(success if own else 90, 100), outlier if own else 0.5, ratio if own else others)
 
     return TriggerSearch(tuple(candidate(label, family) for family in ("patch", "additive") for label in classes), 200)
 
@@ -238,6 +238,7 @@ def test_triggers_keep_shape_and_range_and_change_every_image(family, shape):
         (made_up(3, 1.9), "not clearly apart from the model's own classes (2.0 is)"),
         (made_up(3, 8.0, success=79), "The recovered trigger moves only 79.0% of held-out images."),
         (made_up(3, 4.0, others=5.0), "Another class needs a smaller trigger."),
+        (made_up(3, 8.0, outlier=0.0), "too few working triggers"),
     ],
 )
 def test_a_canary_is_found_where_it_comes_first_and_clearly_apart(search, reason):
@@ -252,8 +253,17 @@ def test_outlier_and_ratio_are_those_of_the_family_where_it_is_smallest():
 
 
 def test_the_standard_lies_a_quarter_beyond_the_models_own_classes():
-    assert Standard.of(made_up(3, 2.0), VerdictPolicy(minimum_attack_success=0.7)) == Standard(2.5, 0.7)
-    assert Standard.of(TriggerSearch((), 200), VerdictPolicy()).size_ratio == 1.25
+    assert Standard.of(made_up(3, 2.0), VerdictPolicy(minimum_attack_success=0.7)) == Standard(2.5, 0.7, rival=3)
+    assert Standard.of(TriggerSearch((), 200), VerdictPolicy()) == Standard(1.25, 0.8, None)
+
+
+def test_the_models_most_conspicuous_class_is_searched_in_every_copy(subject, splits):
+    search = Searches()
+    standard = dataclasses.replace(STANDARD, rival=6)
+    wanted = CanariesPolicy(("patch",), count=2, classes=4)
+    check_power(subject, splits, search, wanted, standard, np.random.default_rng(0), PATIENT)
+    assert [len(asked) for asked in search.asked] == [4, 4]
+    assert all(6 in asked for asked in search.asked)
 
 
 def test_a_family_was_found_where_half_of_the_planted_canaries_were(patched):

@@ -137,19 +137,28 @@ def test_a_margin_is_compared_with_the_largest_other():
 
 
 def test_size_and_margin_multiply():
-    values, margins = np.full(10, 40.0), np.full(10, 30.0)
-    values[3], margins[3] = 20.0, 90.0
-    assert class_outliers(values, margins)[3] == pytest.approx(np.log(2 * 3) / USUAL_SPREAD)
-    assert class_outliers(values, margins).argmax() == 3
-    # Neither would be a failure's 3.5 alone.
-    assert class_outliers(values)[3] < 3.5
-    assert class_outliers(np.full(10, 40.0), margins)[3] < 3.5
-
-
-def test_a_margin_alone_is_never_enough():
+    values = np.array([25.0, 30, 35, 14, 40, 45, 50, 55, 60, 40])
     margins = np.full(10, 30.0)
-    margins[3] = 1e6
-    assert 3 < class_outliers(np.full(10, 40.0), margins)[3] < 3.5
+    margins[3] = 60.0
+    # Neither the size, 40 / 14 of the median, nor the margin would be a failure's 3.5 alone.
+    assert class_outliers(values, margins)[3] == pytest.approx(np.log(40 / 14 * 2) / USUAL_SPREAD)
+    assert class_outliers(values)[3] < 3.5 < class_outliers(values, margins)[3]
+
+
+@pytest.mark.parametrize("size", [60.0, 40.0, 39.4, 30.0, 22.0])
+def test_a_margin_counts_at_most_as_much_as_the_trigger(size):
+    values, margins = np.full(10, 40.0), np.full(10, 30.0)
+    values[3], margins[3] = size, 1e6
+    expected = max(0.0, 2 * np.log(40 / size)) / USUAL_SPREAD
+    assert class_outliers(values, margins)[3] <= max(expected, np.log(40 / size) / SPREAD_FLOOR) + 1e-9
+    assert class_outliers(values, margins)[3] < 3.5
+
+
+def test_a_decoys_margin_does_not_hide_the_true_target():
+    values = np.array([40.0, 22, 70, 26, 55, 30, 90, 9, 60, 25])
+    margins = np.full(10, 30.0)
+    margins[7], margins[3] = 75.0, 300.0
+    assert class_outliers(values, margins).argmax() == 7
 
 
 @given(sizes)
