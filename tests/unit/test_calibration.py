@@ -16,6 +16,7 @@ from audit_plugin.calibration import (
     ReferencePool,
     calibrate,
     conformal,
+    find_pool,
     load_pool,
     statistics_of,
     traits_of,
@@ -275,3 +276,12 @@ def test_a_pool_goes_along_into_the_sandbox(tmp_path):
     policy = Policy(reference_pool=pool_of(TABLE))
     write_record(policy, tmp_path / "policy")
     assert read_record(Policy, tmp_path / "policy") == policy
+
+
+def test_a_shipped_pool_is_found_by_name_and_a_slip_is_told(tmp_path):
+    pool = find_pool("digits", tmp_path)
+    assert pool.name == "digits"
+    assert len(pool.references) >= 19
+    assert {name: section for name, section in Policy().document().items() if name in SETTINGS} == pool.settings
+    with pytest.raises(UsageError, match=r"no shipped reference pool 'digitz'.*'digits'"):
+        find_pool("digitz", tmp_path)
