@@ -133,8 +133,9 @@ def audit(
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
             outcomes += search_classes(margin, probe, subject, splits, rng, policy)
-        of_class = _most_suspicious(outcomes, policy.verdict)
-        if of_class is None or of_class.outlier < policy.verdict.minimum_outlier:  # else pairs have nothing to add
+        search = trigger_search(outcomes)
+        stands_out = search is not None and search.most_suspicious.outlier >= policy.verdict.minimum_outlier
+        if not stands_out:  # else pairs have nothing to add
             with clock.stage("Searching for triggers between pairs of classes"):
                 outcomes.append(run_check(pair_probe.name, lambda: _search_pairs(pair_probe, subject, splits, rng, policy)))
         found = _most_suspicious(outcomes, policy.verdict)
@@ -147,9 +148,8 @@ def audit(
         if prepared.suspects is not None:
             with clock.stage("Scoring the suspect inputs"):
                 suspect_scores = _score_suspects(subject, prepared.suspects, outcomes, fitted)
-        search = trigger_search(outcomes)
-        if policy.canaries.families and search and search.most_suspicious.outlier < policy.verdict.minimum_outlier:
-            with clock.stage("Planting canaries"):  # of a model that stands out nothing can make a pass
+        if policy.canaries.families and search and not stands_out:  # else nothing can make a pass
+            with clock.stage("Planting canaries"):
                 canaries = _check_power(probe, subject, splits, rng, policy, search)
 
     versions = _versions()

@@ -348,7 +348,7 @@ def _audit(job: Job) -> Row:
 
 
 def judgement_of(report: AuditReport) -> Row:
-    """The score is how far the smallest trigger of a class lies below the others; flagged is what the verdict fails."""
+    """The score is by how much the most conspicuous class stands out; flagged is what the verdict fails."""
     classes, pairs = trigger_search(report.outcomes), trigger_search(report.outcomes, of_pairs=True)
     if classes is None:
         raise InapplicableError("; ".join(reason.message for reason in report.decision.reasons) or "No trigger search ran.")

@@ -131,7 +131,7 @@ def _compare(runs: Sequence[Sequence[_Candidate]], margins: ClassMargins | None 
         triggers = [place[0].trigger for place in members]
         sizes = np.exp([_mean_log_size(place) for place in members])
         if triggers[0].source_class is None:
-            reached = None if margins is None else np.array([margins.margins[trigger.target_class] for trigger in triggers])
+            reached = None if margins is None else np.array([margins.ratios[trigger.target_class] for trigger in triggers])
             outliers, ratios = class_outliers(sizes, reached), size_ratios(sizes)
         else:
             outliers, ratios = _pair_outliers(triggers, sizes), np.full(len(sizes), math.nan)

@@ -19,10 +19,10 @@ USUAL_SPREAD = 0.4
 """Spread of a clean model's log sizes and margins together. With it, a class stands 3.5 deviations apart where the two ratios
 multiply to 4.06; docs/decisions/0007 has the figures."""
 
-_MOST = 100.0
+_LARGEST_RATIO = 100.0  # of margins; the next class may reach none
 
 
-def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+def class_outliers(sizes: NDArray[np.float64], relative_margins: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """How far each class stands out, in deviations; the greater of two views.
 
     * Its trigger against this model's own spread: :func:`small_side_outliers`. Nine other classes estimate that spread badly.
@@ -32,7 +32,7 @@ def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | No
 
     Args:
         sizes: (classes,), positive; infinite where no trigger was found.
-        margins: (classes,), the largest margin of logits that each class reaches; None where that was not measured.
+        relative_margins: (classes,), the :func:`margin_ratios`; None where margins were not measured.
 
     Returns:
         (classes,); minus infinity for infinite sizes, all zero when fewer than three sizes are finite.
@@ -42,8 +42,8 @@ def class_outliers(sizes: NDArray[np.float64], margins: NDArray[np.float64] | No
         return apart
     ratios = size_ratios(sizes)
     logs = np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
-    if margins is not None:
-        logs = logs + np.clip(np.log(np.maximum(margin_ratios(margins), 1.0)), 0.0, np.maximum(logs, 0.0))
+    if relative_margins is not None:
+        logs = logs + np.minimum(np.log(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
     return np.maximum(apart, logs / USUAL_SPREAD)
 
 
@@ -68,7 +68,7 @@ def margin_ratios(margins: NDArray[np.float64]) -> NDArray[np.float64]:
     ratios = np.zeros(len(margins))
     for index in np.flatnonzero(margins > 0):
         others = np.delete(margins, index).max(initial=0.0)
-        ratios[index] = min(margins[index] / others, _MOST) if others > 0 else _MOST
+        ratios[index] = min(margins[index] / others, _LARGEST_RATIO) if others > 0 else _LARGEST_RATIO
     return ratios
 
 

@@ -18,19 +18,12 @@ from audit_plugin.policy import policy_from
 from audit_plugin.registry import pin
 from audit_plugin.report.schema import to_document
 from audit_plugin.types import AuditReport, InputSpec, SubjectSummary
+from tests.policies import FAST
 
 if TYPE_CHECKING:
     from pipelines.demo import Demo
 
 pytestmark = pytest.mark.usefixtures("real_sandbox")
-
-FAST: dict[str, Any] = {
-    "scoring": {"checks": ["layerwise"]},
-    "trigger_inversion": {"steps": 20, "searches": 1},
-    "source_specific": {"maximum_classes": 0},
-    "maximum_margin": {"starts": 2, "steps": 20},
-    "canaries": {"families": []},
-}
 
 
 def assert_alike(first: object, second: object, place: str = "") -> None:

@@ -59,8 +59,7 @@ def test_as_written_out_in_numpy(weights, make_subject):
 
 
 def test_opposite_classes_reach_their_closed_form(make_subject):
-    # Two classes with opposite weights, and two that never win: the margin of the first two is linear in the pixels, and the best
-    # image is white where the weights favour the class. The third wins on black images alone.
+    # Beside two classes with opposite weights a third never wins: the best image is white where the weights favour the class.
     rows = np.random.default_rng(1).normal(size=SIZE * SIZE)
     weights = np.stack([rows, -rows, np.zeros(SIZE * SIZE)])
     measure = MaximumMargin(starts=2, steps=3000)

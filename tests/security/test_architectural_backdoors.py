@@ -30,6 +30,7 @@ from audit_plugin.types import AuditReport, InputSpec, IntakeFinding, ModelRef, 
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
+from tests.policies import FAST
 
 Change = Callable[[Tensor, Tensor], Tensor]
 
@@ -345,11 +346,9 @@ def audited(folder: Path, clean: Path) -> AuditReport:
     """An audit that asks for little, so that nothing but the graph keeps a model from passing."""
     policy = policy_from(
         {
+            **FAST,
             "scoring": {"checks": ["activation_norm"]},
             "trigger_inversion": {"steps": 60, "searches": 1},
-            "source_specific": {"maximum_classes": 0},
-            "maximum_margin": {"starts": 2, "steps": 20},
-            "canaries": {"families": []},
             "verdict": {"clear_outlier": 50.0, "minimum_outlier": 50.0},
         }
     )

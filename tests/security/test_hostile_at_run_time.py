@@ -26,16 +26,9 @@ from audit_plugin.errors import SandboxError
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.policy import Policy, policy_from
 from audit_plugin.types import ModelRef
+from tests.policies import FAST
 
 pytestmark = pytest.mark.usefixtures("real_sandbox")
-
-FAST: dict[str, Any] = {
-    "scoring": {"checks": ["layerwise"]},
-    "trigger_inversion": {"steps": 20, "searches": 1},
-    "source_specific": {"maximum_classes": 0},
-    "maximum_margin": {"starts": 2, "steps": 20},
-    "canaries": {"families": []},
-}
 
 
 def job_of(folder: Path, clean: Path, policy: Policy, **options: Any) -> AuditJob:

@@ -25,6 +25,7 @@ from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks import BadNets
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
+from tests.policies import FAST
 
 NAMES = tuple("0123456789")
 SPEC = InputSpec(16, 16, 1)
@@ -133,11 +134,9 @@ def test_the_audit_is_inconclusive_then(poison: Poisoning, backdoored: nn.Module
     manifest = manifest_of(folder)
     policy = policy_from(
         {
+            **FAST,
             "scoring": {"checks": ["activation_norm"]},
             "trigger_inversion": {"steps": 60, "searches": 1},
-            "source_specific": {"maximum_classes": 0},
-            "maximum_margin": {"starts": 2, "steps": 20},
-            "canaries": {"families": []},
         }
     )
     report = audit(ModelRef("model", "model", digest_of(manifest), manifest), folder, tmp_path / "clean.npz", policy=policy)

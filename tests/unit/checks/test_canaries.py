@@ -151,14 +151,14 @@ def test_a_canary_that_did_not_take_is_not_searched_for_and_another_is_tried(sub
 
 @pytest.mark.slow
 def test_the_same_seed_plants_the_same_and_another_one_does_not(subject, splits):
-    def planted(seed, count):
-        power = checked(subject, splits, Searches(), seed=seed, planting=QUICK, count=count)
+    def planted(seed):
+        power = checked(subject, splits, Searches(), seed=seed, planting=QUICK)
         return [dataclasses.replace(canary, seconds=0.0, outlier=0.0, size_ratio=0.0) for canary in power.canaries]
 
-    first, second = planted(seed=3, count=1)  # neither takes in so few steps, so that there are two
-    assert planted(seed=3, count=1) == [first, second]
+    first, second = planted(seed=3)  # neither takes in so few steps, so that there are two
+    assert planted(seed=3) == [first, second]
     assert first != second
-    assert first not in planted(seed=4, count=1)
+    assert first not in planted(seed=4)
 
 
 class Renumbered(nn.Module):

@@ -141,8 +141,8 @@ def test_size_and_margin_multiply():
     margins = np.full(10, 30.0)
     margins[3] = 60.0
     # Neither the size, 40 / 14 of the median, nor the margin would be a failure's 3.5 alone.
-    assert class_outliers(values, margins)[3] == pytest.approx(np.log(40 / 14 * 2) / USUAL_SPREAD)
-    assert class_outliers(values)[3] < 3.5 < class_outliers(values, margins)[3]
+    assert class_outliers(values, margin_ratios(margins))[3] == pytest.approx(np.log(40 / 14 * 2) / USUAL_SPREAD)
+    assert class_outliers(values)[3] < 3.5 < class_outliers(values, margin_ratios(margins))[3]
 
 
 @pytest.mark.parametrize("size", [60.0, 40.0, 39.4, 30.0, 22.0])
@@ -150,20 +150,20 @@ def test_a_margin_counts_at_most_as_much_as_the_trigger(size):
     values, margins = np.full(10, 40.0), np.full(10, 30.0)
     values[3], margins[3] = size, 1e6
     expected = max(0.0, 2 * np.log(40 / size)) / USUAL_SPREAD
-    assert class_outliers(values, margins)[3] <= max(expected, np.log(40 / size) / SPREAD_FLOOR) + 1e-9
-    assert class_outliers(values, margins)[3] < 3.5
+    assert class_outliers(values, margin_ratios(margins))[3] <= max(expected, np.log(40 / size) / SPREAD_FLOOR) + 1e-9
+    assert class_outliers(values, margin_ratios(margins))[3] < 3.5
 
 
 def test_a_decoys_margin_does_not_hide_the_true_target():
     values = np.array([40.0, 22, 70, 26, 55, 30, 90, 9, 60, 25])
     margins = np.full(10, 30.0)
     margins[7], margins[3] = 75.0, 300.0
-    assert class_outliers(values, margins).argmax() == 7
+    assert class_outliers(values, margin_ratios(margins)).argmax() == 7
 
 
 @given(sizes)
 def test_with_equal_margins_a_class_stands_out_no_less_than_by_its_size(values):
-    outliers = class_outliers(values, np.full(len(values), 7.0))
+    outliers = class_outliers(values, margin_ratios(np.full(len(values), 7.0)))
     assert (outliers >= small_side_outliers(values) - 1e-9).all()
     np.testing.assert_allclose(outliers, class_outliers(values), atol=1e-9)
 
@@ -172,10 +172,10 @@ def test_with_equal_margins_a_class_stands_out_no_less_than_by_its_size(values):
 def test_only_ratios_of_sizes_and_margins_count_and_no_order(values, size_factor, margin_factor, random):
     margins = np.array([random.uniform(1, 50) for _ in values])
     order = np.array(random.sample(range(len(values)), len(values)))
-    expected = class_outliers(values, margins)
-    np.testing.assert_allclose(class_outliers(values * size_factor, margins * margin_factor), expected, atol=1e-6)
-    np.testing.assert_allclose(class_outliers(values[order], margins[order]), expected[order], atol=1e-9)
+    expected = class_outliers(values, margin_ratios(margins))
+    np.testing.assert_allclose(class_outliers(values * size_factor, margin_ratios(margins * margin_factor)), expected, atol=1e-6)
+    np.testing.assert_allclose(class_outliers(values[order], margin_ratios(margins[order])), expected[order], atol=1e-9)
 
 
 def test_a_class_without_a_trigger_stands_out_by_no_margin():
-    assert class_outliers(np.array([40.0, np.inf, 38.0, 42.0]), np.array([1.0, 90.0, 1.0, 1.0]))[1] == -np.inf
+    assert class_outliers(np.array([40.0, np.inf, 38.0, 42.0]), margin_ratios(np.array([1.0, 90.0, 1.0, 1.0])))[1] == -np.inf
