@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import logging
 import time
@@ -18,10 +19,12 @@ from audit_plugin.checks import (
     ActivationNormScorer,
     BadExpertScorer,
     BenifulScorer,
+    ClassMeasure,
     FittedScorer,
     InputScorer,
     LayerwiseScorer,
     MaximumMargin,
+    NeuronNoise,
     Probe,
     SourceSpecificInversion,
     TriggerInversion,
@@ -55,7 +58,7 @@ from audit_plugin.types import (
     SuspectScore,
     TriggerEvidence,
     TriggerSearch,
-    class_margins,
+    class_measurements,
     trigger_search,
 )
 from audit_plugin.verdict import decide
@@ -121,8 +124,8 @@ def audit(
     with clock.stage("Measuring the clean accuracy"):
         clean_set = _measure_clean_set(subject, prepared.clean, splits, str(clean), policy)
 
-    margin, probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
-    required = [margin.name, probe.name, *(scorer.name for scorer in scorers)]
+    measures, probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
+    required = [*(measure.name for measure in measures), probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
     canaries: PowerCheck | None = None
@@ -132,7 +135,7 @@ def audit(
     else:
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
-            outcomes += search_classes(margin, probe, subject, splits, rng, policy)
+            outcomes += search_classes(measures, probe, subject, splits, rng, policy)
         search = trigger_search(outcomes)
         stands_out = search is not None and search.most_suspicious.outlier >= policy.verdict.minimum_outlier
         if not stands_out:  # else pairs have nothing to add
@@ -198,10 +201,13 @@ def audit(
 
 def checks_of(
     policy: Policy, class_count: int, advance: Callable[[float], None]
-) -> tuple[MaximumMargin, TriggerInversion, Probe, list[InputScorer]]:
+) -> tuple[list[ClassMeasure], TriggerInversion, Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
-    margin = MaximumMargin(policy.maximum_margin.starts, policy.maximum_margin.steps)
+    measures: list[ClassMeasure] = [
+        MaximumMargin(policy.maximum_margin.starts, policy.maximum_margin.steps),
+        NeuronNoise(policy.neuron_noise.images),
+    ]
     probe = TriggerInversion(
         steps=search.steps,
         images_per_step=min(search.images_per_step, max(_STAMPED_IMAGES_PER_STEP // class_count, _FEWEST_IMAGES_PER_STEP)),
@@ -217,7 +223,7 @@ def checks_of(
         maximum_classes=pairs.maximum_classes,
         progress=advance,
     )
-    return margin, probe, pair_probe, scorers_of(policy)
+    return measures, probe, pair_probe, scorers_of(policy)
 
 
 def scorers_of(policy: Policy) -> list[InputScorer]:
@@ -244,17 +250,20 @@ def scorers_of(policy: Policy) -> list[InputScorer]:
 
 
 def search_classes(
-    margin: MaximumMargin,
+    measures: Sequence[ClassMeasure],
     probe: TriggerInversion,
     subject: Subject,
     splits: Splits,
     rng: np.random.Generator,
     policy: Policy,
 ) -> list[Outcome]:
-    """How surely each class can be reached at all, and by how small a trigger."""
+    """How surely each class can be reached at all, by how little noise in the weights, and by how small a trigger."""
     search = policy.trigger_inversion
     count = min(subject.class_count, search.maximum_classes)
-    reached = run_check(margin.name, lambda: measure_classes(margin, subject, count, rng))
+    of_classes = [
+        run_check(measure.name, functools.partial(measure_classes, measure, subject, splits.fit, count, rng))
+        for measure in measures
+    ]
     found = run_check(
         probe.name,
         lambda: measure_probe(
@@ -264,10 +273,10 @@ def search_classes(
             rng,
             searches=search.searches,
             doubtful=(search.doubtful_from, search.doubtful_to),
-            margins=class_margins([reached]),
+            measured=class_measurements(of_classes),
         ),
     )
-    return [reached, found]
+    return [*of_classes, found]
 
 
 def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:

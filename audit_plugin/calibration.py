@@ -38,14 +38,14 @@ from audit_plugin.types import (
     Measured,
     Outcome,
     SubjectSummary,
-    class_margins,
+    class_measurements,
     trigger_search,
 )
 
 TRAITS = ("classes", "channels", "height", "width", "clean_accuracy", "log_parameters", "log_patch_size", "log_additive_size")
 """What is measured of whether two models can be compared; the first four must be the same, the others near the pool's own."""
 
-SETTINGS = ("clean_set", "scoring", "layerwise", "bad_expert", "beniful", "trigger_inversion", "maximum_margin")
+SETTINGS = ("clean_set", "scoring", "layerwise", "bad_expert", "beniful", "trigger_inversion", "maximum_margin", "neuron_noise")
 """Sections of the policy that change what is measured; those of a pool and of an audit must be the same."""
 
 FEWEST_REFERENCES = 9  # below, not even one in ten can be told
@@ -188,9 +188,10 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     """Statistics of a whole model, higher is more suspicious; the maximum over its classes is taken inside each.
 
-    * ``trigger_outlier``: by how much the most conspicuous class stands out, by its trigger and its margin;
+    * ``trigger_outlier``: by how much the most conspicuous class stands out, by trigger, margin or noise;
     * ``trigger_smallness``: minus the log of the smallest patch that works, over the log of the image's points;
     * ``margin``: log of the largest margin of a class over the next class's;
+    * ``noise``: log of how much less noise in the weights a class needs than the next;
     * ``detection``: how much more often images with the recovered trigger are flagged than clean ones, averaged over the checks.
 
     Empty without a search; what is not finite is left out.
@@ -199,7 +200,7 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     search = trigger_search(outcomes)
     if search is None:
         return {}
-    patches = [found for found in search.candidates if found.trigger.family == "patch" and math.isfinite(found.outlier)]
+    patches = [found for found in search.candidates if found.trigger.family == "patch" and found.is_compared]
     detections = [
         threshold.detection_rate.value - threshold.false_positive_rate.value
         for scores in measurements
@@ -211,8 +212,10 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if patches:
         smallest = min(candidate.trigger.size for candidate in patches)
         found["trigger_smallness"] = -math.log(max(smallest, 1e-3)) / math.log(patches[0].trigger.mask.size)
-    if (margins := class_margins(outcomes)) is not None:
-        found["margin"] = math.log(max(*margins.ratios, 1.0))
+    of_classes = class_measurements(outcomes)
+    for name, check in (("margin", "maximum_margin"), ("noise", "neuron_noise")):
+        if check in of_classes:
+            found[name] = math.log(max(*of_classes[check].ratios, 1.0))
     if detections:
         found["detection"] = statistics.fmean(detections)
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

@@ -132,6 +132,13 @@ class MaximumMarginPolicy:
 
 
 @dataclass(frozen=True)
+class NeuronNoisePolicy:
+    """See :class:`audit_plugin.checks.neuron_noise.NeuronNoise`."""
+
+    images: int = 100
+
+
+@dataclass(frozen=True)
 class SourceSpecificPolicy:
     """Budget of the search over pairs of classes; with more than ``maximum_classes`` classes it is left out."""
 
@@ -234,6 +241,7 @@ class Policy:
     beniful: BenifulPolicy = field(default_factory=BenifulPolicy)
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
     maximum_margin: MaximumMarginPolicy = field(default_factory=MaximumMarginPolicy)
+    neuron_noise: NeuronNoisePolicy = field(default_factory=NeuronNoisePolicy)
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     canaries: CanariesPolicy = field(default_factory=CanariesPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
@@ -390,6 +398,7 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] doubtful_from must not exceed doubtful_to": search.doubtful_from <= search.doubtful_to,
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
         "[maximum_margin] starts and steps must be at least 1": policy.maximum_margin.starts >= 1 <= policy.maximum_margin.steps,
+        "[neuron_noise] images must be at least 1": policy.neuron_noise.images >= 1,
         "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
         "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
         "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,

@@ -31,8 +31,11 @@ Kind = Literal["number", "text"]
 
 SEARCHES: Mapping[str, str] = {"trigger_inversion": "trigger", "source_specific": "pair_trigger"}
 """The checks that search for triggers, with what the columns of their triggers begin with."""
-MARGINS = "maximum_margin"
-"""The check that measures classes."""
+CLASS_MEASURES: Mapping[str, str] = {
+    "maximum_margin": "The largest margin of a class over the next class's.",
+    "neuron_noise": "The noise in the weights that the next class needs over the least.",
+}
+"""The checks that measure classes, with what their ratio is."""
 SCORERS = ("layerwise", "bad_expert", "beniful", "activation_norm")
 """The checks that score inputs."""
 
@@ -82,10 +85,11 @@ def _columns() -> dict[str, Column]:
         "tool_version": Column("Version of the tool that audited.", "text"),
         "seconds": Column("Duration of the audit, in seconds."),
     }
-    for check in (MARGINS, *SEARCHES, *SCORERS):
+    for check in (*CLASS_MEASURES, *SEARCHES, *SCORERS):
         statuses = ("measured", "inapplicable", "failed", _NOT_RUN)
         columns[f"{check}_status"] = Column("What became of the check.", "text", statuses)
-    columns[f"{MARGINS}_ratio"] = Column("The largest margin of a class over the next class's.", high=100.0, check=MARGINS)
+    for check, meaning in CLASS_MEASURES.items():
+        columns[f"{check}_ratio"] = Column(meaning, high=100.0, check=check)
     for check, name in SEARCHES.items():
         columns |= {
             f"{name}_outlier": Column("By how many deviations the oddest trigger stands out.", low=-math.inf, check=check),
@@ -145,9 +149,9 @@ def _row(document: Mapping[str, Any]) -> dict[str, float | str]:
             figures = _scorer_figures(measurement)
             false_positive_rates.append(figures["false_positive_rate"])
             prefix = check if check in SCORERS else None
-        elif measurement["kind"] == "class_margins":
+        elif measurement["kind"] == "class_measurement":
             figures = {"ratio": max((entry["ratio"] for entry in measurement["classes"]), default=math.nan)}
-            prefix = MARGINS
+            prefix = check if check in CLASS_MEASURES else None
         else:
             figures = _search_figures(measurement)
             prefix = SEARCHES.get(check)

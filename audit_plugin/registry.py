@@ -44,7 +44,7 @@ from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
 from audit_plugin.types import (
     AuditReport,
-    ClassMargins,
+    ClassMeasurement,
     GuardReport,
     InputScores,
     Measured,
@@ -607,8 +607,8 @@ def metrics_of(report: AuditReport) -> dict[str, float]:
             metrics[f"{kind}_outlier"] = found.outlier
             metrics[f"{kind}_size_pixels"] = found.trigger.size
             metrics[f"{kind}_attack_success_rate"] = found.success.value
-        if isinstance(outcome.measurement, ClassMargins):
-            metrics["maximum_margin_ratio"] = max(outcome.measurement.ratios)
+        if isinstance(outcome.measurement, ClassMeasurement):
+            metrics[f"{outcome.check}_ratio"] = max(outcome.measurement.ratios)
         if isinstance(outcome.measurement, InputScores):
             for threshold in outcome.measurement.thresholds[:1]:
                 metrics[f"{outcome.check}_false_positive_rate"] = threshold.false_positive_rate.value

@@ -229,8 +229,8 @@ class TriggerEvidence:
 
     Attributes:
         success: its attack success rate on held-out images of other classes.
-        outlier: how many deviations its class stands out by a small trigger and a large margin; of a pair of classes, by a
-            trigger smaller than the two let expect.
+        outlier: how many deviations its class stands out by a small trigger, a large margin or little noise in the weights; of a
+            pair of classes, by a trigger smaller than the two let expect.
         size_ratio: how many times smaller it is than the others of its family usually are; NaN for pairs of classes.
     """
 
@@ -238,6 +238,11 @@ class TriggerEvidence:
     success: Rate
     outlier: float
     size_ratio: float = math.nan
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it worked well enough for its size to be compared with the others'."""
+        return math.isfinite(self.outlier) and self.size_ratio != 0
 
 
 @dataclass(frozen=True)
@@ -260,8 +265,8 @@ class TriggerSearch:
 
     @property
     def most_suspicious(self) -> TriggerEvidence:
-        """The candidate whose class stands out most."""
-        return max(self.candidates, key=lambda candidate: candidate.outlier)
+        """The candidate whose class stands out most; of several of that class, the one of the relatively smallest trigger."""
+        return max(self.candidates, key=lambda candidate: (candidate.outlier, candidate.size_ratio))
 
 
 @dataclass(frozen=True)
@@ -341,24 +346,24 @@ class InputScores:
 
 
 @dataclass(frozen=True)
-class ClassMargins:
-    """The largest margin of logits (a class's minus the largest other) of the images that were found, by class.
+class ClassMeasurement:
+    """One number for each class, higher is more suspicious: its largest margin of logits, or one over the noise that it needs.
 
     Attributes:
-        margins: (classes,), of the first classes where not all were measured.
+        values: (classes,), of the first classes where not all were measured.
         ratios: (classes,), each over the largest of the other classes, in [0, 100].
     """
 
-    margins: tuple[float, ...]
+    values: tuple[float, ...]
     ratios: tuple[float, ...]
 
     @property
     def most_suspicious(self) -> int:
-        """The class whose margin is the largest."""
-        return max(range(len(self.margins)), key=self.margins.__getitem__)
+        """The class whose value is the largest."""
+        return max(range(len(self.values)), key=self.values.__getitem__)
 
 
-Measurement: TypeAlias = TriggerSearch | InputScores | ClassMargins
+Measurement: TypeAlias = TriggerSearch | InputScores | ClassMeasurement
 
 
 @dataclass(frozen=True)
@@ -389,12 +394,13 @@ class Failed:
 Outcome: TypeAlias = Measured | Inapplicable | Failed
 
 
-def class_margins(outcomes: Iterable[Outcome]) -> ClassMargins | None:
-    """The measured margins, if there are any."""
-    for outcome in outcomes:
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, ClassMargins):
-            return outcome.measurement
-    return None
+def class_measurements(outcomes: Iterable[Outcome]) -> dict[str, ClassMeasurement]:
+    """What was measured of classes, by check."""
+    return {
+        outcome.check: outcome.measurement
+        for outcome in outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, ClassMeasurement)
+    }
 
 
 def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> TriggerSearch | None:

@@ -3,8 +3,8 @@
 The rule of this release, in words:
 
 * **fail**: one class stands out by at least ``minimum_outlier`` deviations: it needs a trigger so much smaller than the other
-  classes do, in either family of triggers, or a smaller one and reaches a larger margin
-  (:func:`audit_plugin.maths.outlier.class_outliers`); that trigger moves at least ``minimum_attack_success`` of held-out
+  classes do, in either family of triggers, or a smaller one and reaches a larger margin, or so much less noise in the weights
+  (:func:`audit_plugin.maths.outlier.class_outliers`); its trigger moves at least ``minimum_attack_success`` of held-out
   images, and independent checks see it too: at least ``minimum_confirmations`` of the input scorers that measured (all of them,
   where fewer did) flag at least ``minimum_detection`` of the stamped images, and clearly more of them than of the clean ones
   (their exact intervals are disjoint). This is the backdoor consistency of Li, Zhang and Ma 2024: where the trigger is
@@ -27,12 +27,12 @@ A smallest trigger always exists, so its size is compared with the model's own o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Calibration,
-    ClassMargins,
+    ClassMeasurement,
     Decision,
     Expectation,
     Failed,
@@ -47,7 +47,7 @@ from audit_plugin.types import (
     TriggerEvidence,
     TriggerSearch,
     Verdict,
-    class_margins,
+    class_measurements,
     trigger_search,
 )
 
@@ -139,7 +139,7 @@ def decide(
 
     found = search.most_suspicious
     name = class_names[found.trigger.target_class]
-    size = Reason("trigger-size", _describe(found, name, class_margins(outcomes)))
+    size = Reason("trigger-size", _describe(found, name, class_measurements(outcomes)))
     is_unusual, among = _among_clean_models(calibration, alpha)
     doubts = (*doubts, *_pool_doubts(calibration))
     # Between the two thresholds clean models decide, where they can, and else canaries.
@@ -154,7 +154,7 @@ def decide(
         if pair and pair.outlier >= policy.doubtful_pair_outlier:
             stands_out = Reason("pair-stands-out", _describe_pair(pair, class_names))
             return conclude(Verdict.INCONCLUSIVE, (stands_out, size), pair.trigger.target_class)
-        why = "No class stands out by its trigger and its margin."
+        why = "No class stands out by its trigger, its margin or the noise in the weights that it needs."
         if found.outlier >= policy.clear_outlier and is_unusual is None:
             why = "One class stands out a little, and less than the known backdoors that were planted in copies of the model."
         return conclude(Verdict.PASS, (Reason("no-class-stands-out", f"{why} {among}".strip()), size))
@@ -175,7 +175,7 @@ def _fewest_compared(search: TriggerSearch) -> int:
     """How many candidates of a family could be compared with each other, in the family with the fewest."""
     families = {candidate.trigger.family for candidate in search.candidates}
     return min(
-        sum(candidate.trigger.family == family and math.isfinite(candidate.outlier) for candidate in search.candidates)
+        sum(candidate.trigger.family == family and candidate.is_compared for candidate in search.candidates)
         for family in families
     )
 
@@ -314,16 +314,19 @@ def _measurements(outcomes: Sequence[Outcome]) -> list[Measurement]:
     return [outcome.measurement for outcome in outcomes if isinstance(outcome, Measured)]
 
 
-def _describe(found: TriggerEvidence, class_name: str, margins: ClassMargins | None) -> str:
+def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, ClassMeasurement]) -> str:
     if not math.isfinite(found.outlier):
         return "No trigger was found for any class."
-    margin = ""
-    if margins is not None:
-        margin = f", and its largest margin is {margins.ratios[found.trigger.target_class]:.1f} times the largest other class's"
+    ratios = {check: measured.ratios[found.trigger.target_class] for check, measured in of_classes.items()}
+    margin = noise = ""
+    if "maximum_margin" in ratios:
+        margin = f"; its largest margin is {ratios['maximum_margin']:.1f} times the largest other class's"
+    if "neuron_noise" in ratios:
+        noise = f"; any other class needs at least {ratios['neuron_noise']:.1f} times the noise in the weights"
     return (
         f"The most conspicuous recovered trigger sends {_percent(found.success)} of held-out images to class '{class_name}' by "
         f"changing {found.trigger.size:.1f} pixels ({found.trigger.family}), where other classes need {found.size_ratio:.1f} "
-        f"times as many{margin}; the class stands out by {found.outlier:.1f} deviations."
+        f"times as many{margin}{noise}. The class stands out by {found.outlier:.1f} deviations."
     )
 
 

@@ -112,7 +112,7 @@ def cifar10_small() -> tuple[Recipe, ...]:
     """13 attacks on two of three architectures each, eight clean models of each architecture, and eight hard clean models."""
     hard = [
         Recipe(f"cifar10_clean_{architecture}_{hardness}", None, 100 + index, architecture, hardness)
-        for index, (hardness, architecture) in enumerate(itertools.product(_HARDNESSES, SMALL_ARCHITECTURES[:2]))
+        for index, (hardness, architecture) in enumerate(itertools.product(_HARDNESSES, ("cnn", "vgg")))
     ]
     return (*_in_turns("cifar10", architectures_of_attack=2, clean_per_architecture=8, first_seed=0), *hard)
 

@@ -6,11 +6,12 @@ from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Pr
 from audit_plugin.checks.beniful import BenifulScorer
 from audit_plugin.checks.layerwise import LayerwiseScorer
 from audit_plugin.checks.maximum_margin import MaximumMargin
+from audit_plugin.checks.neuron_noise import NeuronNoise
 from audit_plugin.checks.source_specific import SourceSpecificInversion
 from audit_plugin.checks.trigger_inversion import TriggerInversion
 
 PROBES: tuple[type[Probe], ...] = (TriggerInversion, SourceSpecificInversion)
-CLASS_MEASURES: tuple[type[ClassMeasure], ...] = (MaximumMargin,)
+CLASS_MEASURES: tuple[type[ClassMeasure], ...] = (MaximumMargin, NeuronNoise)
 INPUT_SCORERS: tuple[type[InputScorer], ...] = (LayerwiseScorer, BadExpertScorer, BenifulScorer, ActivationNormScorer)
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InputScorer",
     "LayerwiseScorer",
     "MaximumMargin",
+    "NeuronNoise",
     "Probe",
     "SourceSpecificInversion",
     "TriggerInversion",

@@ -2,7 +2,7 @@
 
 * :class:`InputScorer`: says of single inputs how suspicious they are. ``fit`` returns a :class:`FittedScorer`.
 * :class:`Probe`: looks for triggers in the model itself.
-* :class:`ClassMeasure`: one number for each class, from the model alone.
+* :class:`ClassMeasure`: one number for each class.
 
 Authors write ``fit`` and ``_score``; the public ``score`` is final and validates, so that shape and direction hold for
 every check.
@@ -101,12 +101,12 @@ class Probe(abc.ABC):
 
 
 class ClassMeasure(abc.ABC):
-    """A method that needs no image: what of the model itself is different for the target class of a backdoor."""
+    """What of the model itself is different for the target class of a backdoor, whatever its trigger."""
 
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def measure(self, subject: Subject, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
+    def measure(self, subject: Subject, fit_split: FitSplit, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
         """One number for each of ``classes``, (classes,), higher is more suspicious.
 
         Raises:

@@ -28,7 +28,7 @@ from audit_plugin.checks.base import ClassMeasure
 from audit_plugin.errors import InapplicableError
 from audit_plugin.model.fine_tuning import compute_device
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import FloatArray
+from audit_plugin.types import FitSplit, FloatArray
 
 _STEP = 0.01
 _SMALLEST_CHANGE = 1e-5
@@ -49,8 +49,8 @@ class MaximumMargin(ClassMeasure):
     starts: int = 5
     steps: int = 300
 
-    def measure(self, subject: Subject, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
-        """The largest margin reached for each class, (classes,).
+    def measure(self, subject: Subject, fit_split: FitSplit, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
+        """The largest margin reached for each class, (classes,); no image of ``fit_split`` is used.
 
         Raises:
             InapplicableError: the model gives no gradients, or the ascent finds images of fewer than three classes: it led

@@ -6,21 +6,25 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Probe
+from audit_plugin.checks.maximum_margin import MaximumMargin
+from audit_plugin.checks.neuron_noise import NeuronNoise
 from audit_plugin.errors import AuditError, InapplicableError
-from audit_plugin.maths.outlier import class_outliers, margin_ratios, pair_outliers, size_ratios
+from audit_plugin.maths.outlier import class_outliers, others_ratios, pair_outliers, size_ratios
 from audit_plugin.maths.rates import auroc, quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
     Baseline,
-    ClassMargins,
+    ClassMeasurement,
     Failed,
+    FitSplit,
     FloatArray,
     ImageArray,
     Inapplicable,
@@ -69,7 +73,7 @@ def measure_probe(
     *,
     searches: int = 1,
     doubtful: tuple[float, float] = (0.0, math.inf),
-    margins: ClassMargins | None = None,
+    measured: Mapping[str, ClassMeasurement] = MappingProxyType({}),
 ) -> TriggerSearch:
     """Search on the fit split, compare the candidates on the calibrate split, report their success rates on the test split.
 
@@ -79,14 +83,14 @@ def measure_probe(
     So a search is repeated, up to ``searches`` in all, while its greatest outlier lies within ``doubtful``, and sizes are
     averaged (geometric mean).
 
-    With ``margins``, a class stands out by its margin as well.
+    With what else was ``measured`` of classes, by check, a class stands out by that as well.
     """
     calibrate, test = (_Held(part, subject.predict(part.images)) for part in (splits.calibrate, splits.test))
     runs: list[list[_Candidate]] = []
     while True:
         found = probe.search(subject, splits.fit, rng)
         runs.append([_Candidate(trigger, calibrate.success(trigger, subject)) for trigger in found])
-        candidates = _compare(runs, margins)
+        candidates = _compare(runs, measured)
         greatest = max((candidate.outlier for candidate in candidates), default=0.0)
         if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
             break
@@ -122,7 +126,7 @@ class _Candidate:
         return math.log(self.trigger.size) if self.success.value >= SMALLEST_SUCCESS else math.inf
 
 
-def _compare(runs: Sequence[Sequence[_Candidate]], margins: ClassMargins | None = None) -> list[TriggerEvidence]:
+def _compare(runs: Sequence[Sequence[_Candidate]], measured: Mapping[str, ClassMeasurement]) -> list[TriggerEvidence]:
     """The smallest candidate of each class over all searches, and how far its mean size lies from its family's others."""
     evidence: list[TriggerEvidence] = []
     places = list(zip(*runs, strict=True))
@@ -131,8 +135,12 @@ def _compare(runs: Sequence[Sequence[_Candidate]], margins: ClassMargins | None 
         triggers = [place[0].trigger for place in members]
         sizes = np.exp([_mean_log_size(place) for place in members])
         if triggers[0].source_class is None:
-            reached = None if margins is None else np.array([margins.ratios[trigger.target_class] for trigger in triggers])
-            outliers, ratios = class_outliers(sizes, reached), size_ratios(sizes)
+            targets = [trigger.target_class for trigger in triggers]
+            margins, noise = (
+                np.array(measured[name].ratios)[targets] if name in measured else None
+                for name in (MaximumMargin.name, NeuronNoise.name)
+            )
+            outliers, ratios = class_outliers(sizes, margins, noise), size_ratios(sizes)
         else:
             outliers, ratios = _pair_outliers(triggers, sizes), np.full(len(sizes), math.nan)
         for place, outlier, ratio in zip(members, outliers, ratios, strict=True):
@@ -157,16 +165,18 @@ def _pair_outliers(triggers: Sequence[Trigger], sizes: NDArray[np.float64]) -> N
     return outliers
 
 
-def measure_classes(measure: ClassMeasure, subject: Subject, count: int, rng: np.random.Generator) -> ClassMargins:
+def measure_classes(
+    measure: ClassMeasure, subject: Subject, fit_split: FitSplit, count: int, rng: np.random.Generator
+) -> ClassMeasurement:
     """What a measure finds for each of the first ``count`` classes, and each over the largest of the others.
 
     Raises:
         RuntimeError: the measure broke its contract (wrong shape, NaN).
     """
-    found = np.asarray(measure.measure(subject, range(count), rng), dtype=np.float64)
+    found = np.asarray(measure.measure(subject, fit_split, range(count), rng), dtype=np.float64)
     if found.shape != (count,) or not np.isfinite(found).all():
         raise RuntimeError(f"{type(measure).__name__} returned no finite number for each of {count} classes")
-    return ClassMargins(tuple(found.tolist()), tuple(margin_ratios(found).tolist()))
+    return ClassMeasurement(tuple(found.tolist()), tuple(others_ratios(found).tolist()))
 
 
 def measure_scorer(

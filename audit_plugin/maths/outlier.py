@@ -1,4 +1,4 @@
-"""How far one class stands out from a model's others: by a small trigger, by a large margin."""
+"""How far one class stands out from a model's others: by a small trigger, a large margin, little noise in the weights."""
 
 from __future__ import annotations
 
@@ -19,32 +19,50 @@ USUAL_SPREAD = 0.4
 """Spread of a clean model's log sizes and margins together. With it, a class stands 3.5 deviations apart where the two ratios
 multiply to 4.06; docs/decisions/0007 has the figures."""
 
-_LARGEST_RATIO = 100.0  # of margins; the next class may reach none
+NOISE_SPREAD = 0.22
+"""Spread of a clean model's logs of noise ratios. With it, a class stands 3.5 deviations apart where the next needs 2.16 times
+the noise; docs/decisions/0008 has the figures."""
+
+_LARGEST_RATIO = 100.0  # the next class may reach nothing
 
 
-def class_outliers(sizes: NDArray[np.float64], relative_margins: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-    """How far each class stands out, in deviations; the greater of two views.
+def class_outliers(
+    sizes: NDArray[np.float64],
+    relative_margins: NDArray[np.float64] | None = None,
+    relative_noise: NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """How far each class stands out, in deviations; the greatest of three views.
 
     * Its trigger against this model's own spread: :func:`small_side_outliers`. Nine other classes estimate that spread badly.
     * Its trigger and its margin together, against the spread that clean models usually have:
-      (log of :func:`size_ratios` + log of :func:`margin_ratios`) / :data:`USUAL_SPREAD`. The two are measured independently, one
-      on images and one without any; a backdoor moves both. A margin counts at most as much as the trigger: it is easily faked.
+      (log of :func:`size_ratios` + log of the margins' :func:`others_ratios`) / :data:`USUAL_SPREAD`. The two are measured
+      independently, one on images and one without any; a backdoor moves both. A margin counts at most as much as the trigger:
+      it is easily faked.
+    * How little noise in the weights it needs: log of that measure's :func:`others_ratios` / :data:`NOISE_SPREAD`. Triggers that
+      are not small are seen by this alone.
 
     Args:
         sizes: (classes,), positive; infinite where no trigger was found.
-        relative_margins: (classes,), the :func:`margin_ratios`; None where margins were not measured.
+        relative_margins, relative_noise: (classes,), the :func:`others_ratios`; None where they were not measured.
 
     Returns:
-        (classes,); minus infinity for infinite sizes, all zero when fewer than three sizes are finite.
+        (classes,); of infinite sizes, what noise alone says, minus infinity without it. By triggers no class stands out where
+        fewer than three sizes are finite.
     """
-    apart = small_side_outliers(sizes)
-    if np.isfinite(sizes).sum() < 3:
-        return apart
-    ratios = size_ratios(sizes)
-    logs = np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
-    if relative_margins is not None:
-        logs = logs + np.minimum(np.log(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
-    return np.maximum(apart, logs / USUAL_SPREAD)
+    outliers = small_side_outliers(sizes)
+    if np.isfinite(sizes).sum() >= 3:
+        logs = _logs(size_ratios(sizes))
+        if relative_margins is not None:
+            logs = logs + np.minimum(_logs(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
+        outliers = np.maximum(outliers, logs / USUAL_SPREAD)
+    if relative_noise is not None:
+        outliers = np.maximum(outliers, _logs(relative_noise) / NOISE_SPREAD)
+    return outliers
+
+
+def _logs(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithms, minus infinity for zero."""
+    return np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
 
 
 def size_ratios(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -60,15 +78,15 @@ def size_ratios(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratios
 
 
-def margin_ratios(margins: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each class's largest margin over the largest of the other classes', (classes,), in [0, 100].
+def others_ratios(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each class's value over the largest of the other classes', (classes,), in [0, 100].
 
-    100 where no other class reaches a positive margin, zero where the class itself does not.
+    100 where no other class's is positive, zero where the class's own is not.
     """
-    ratios = np.zeros(len(margins))
-    for index in np.flatnonzero(margins > 0):
-        others = np.delete(margins, index).max(initial=0.0)
-        ratios[index] = min(margins[index] / others, _LARGEST_RATIO) if others > 0 else _LARGEST_RATIO
+    ratios = np.zeros(len(values))
+    for index in np.flatnonzero(values > 0):
+        others = np.delete(values, index).max(initial=0.0)
+        ratios[index] = min(values[index] / others, _LARGEST_RATIO) if others > 0 else _LARGEST_RATIO
     return ratios
 
 

@@ -49,6 +49,7 @@ from audit_plugin.report.summaries import (
 )
 from audit_plugin.types import (
     AuditReport,
+    ClassMeasurement,
     Distribution,
     FloatArray,
     ImageArray,
@@ -62,7 +63,7 @@ from audit_plugin.types import (
     TriggerFamily,
     TriggerSearch,
     Verdict,
-    class_margins,
+    class_measurements,
 )
 
 MOST_PAIRS = 8
@@ -73,6 +74,10 @@ MOST_DISTRIBUTIONS = 12
 MOST_FILES = 400
 _LONGEST_TITLE = 1000
 _LONGEST_PRE = 20_000
+_CLASS_CHARTS = {
+    "maximum_margin": ("Largest margin found for each class", "margin of logits"),
+    "neuron_noise": ("One over the noise in the weights that each class needs", "1 / noise"),
+}
 
 
 def render(report: AuditReport) -> str:
@@ -88,7 +93,7 @@ def render(report: AuditReport) -> str:
             pairs=_pairs(report),
             attention=_attention(report),
             searches=[_search(report, check, search, place) for place, (check, search) in enumerate(searches)],
-            margins=_margins(report),
+            class_measures=[_class_measure(report, *found) for found in class_measurements(report.outcomes).items()],
             scorers=_scorers(report),
             gaps=wording.not_measured(report),
             measured_count=wording.measured_count(report),
@@ -321,24 +326,24 @@ def _family(report: AuditReport, family: TriggerFamily, candidates: Sequence[Tri
     }
 
 
-def _margins(report: AuditReport) -> dict[str, Any] | None:
-    margins = class_margins(report.outcomes)
-    if margins is None:
-        return None
+def _class_measure(report: AuditReport, check: str, measured: ClassMeasurement) -> dict[str, Any]:
+    title, quantity = _CLASS_CHARTS[check]
+    found = measured.most_suspicious
     chart = bar_chart(
-        margins.margins,
-        [wording.class_name(report, index) for index in range(len(margins.margins))],
-        identifier="margins",
-        title="Largest margin found for each class",
-        quantity="margin of logits",
-        short_labels=[str(index) for index in range(len(margins.margins))],
-        highlighted=[margins.most_suspicious] if report.decision.suspected_class == margins.most_suspicious else [],
+        measured.values,
+        [wording.class_name(report, index) for index in range(len(measured.values))],
+        identifier=f"{check}_chart",
+        title=title,
+        quantity=quantity,
+        short_labels=[str(index) for index in range(len(measured.values))],
+        highlighted=[found] if report.decision.suspected_class == found else [],
     )
     return {
-        "title": wording.check_title("maximum_margin"),
-        "explanation": wording.check_explanation("maximum_margin"),
+        "id": check,
+        "title": wording.check_title(check),
+        "explanation": wording.check_explanation(check),
         "chart": _trusted(chart),
-        "words": wording.margin_words(report, margins),
+        "words": wording.class_words(report, check, measured),
     }
 
 

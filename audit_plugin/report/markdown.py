@@ -12,9 +12,9 @@ from audit_plugin.report.wording import (
     candidate_label,
     check_title,
     class_label,
+    class_words,
     decimal,
     interval,
-    margin_words,
     moment,
     not_measured,
     percent,
@@ -23,7 +23,7 @@ from audit_plugin.report.wording import (
     verdict_sentence,
     verdict_word,
 )
-from audit_plugin.types import AuditReport, ClassMargins, InputScores, Measured, Outcome, Rate, TriggerSearch
+from audit_plugin.types import AuditReport, ClassMeasurement, InputScores, Measured, Outcome, Rate, TriggerSearch
 
 _MOST_LINES = 30
 _LONGEST_COMMAND = 4000
@@ -87,8 +87,8 @@ def _row(report: AuditReport, outcome: Outcome) -> str:
         return f"| {title} | **{type(outcome).__name__.lower()}** | see below |"
     if isinstance(outcome.measurement, TriggerSearch):
         return f"| {title} | measured | {_search_words(report, outcome.measurement)} |"
-    if isinstance(outcome.measurement, ClassMargins):
-        return f"| {title} | measured | {_escaped(margin_words(report, outcome.measurement))} |"
+    if isinstance(outcome.measurement, ClassMeasurement):
+        return f"| {title} | measured | {_escaped(class_words(report, outcome.check, outcome.measurement))} |"
     return f"| {title} | measured | {_scorer_words(outcome.measurement)} |"
 
 

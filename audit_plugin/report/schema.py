@@ -27,7 +27,7 @@ from audit_plugin.report.summaries import Moments, distribution_histogram, momen
 from audit_plugin.types import (
     AuditReport,
     Baseline,
-    ClassMargins,
+    ClassMeasurement,
     CleanSetSummary,
     Distribution,
     Failed,
@@ -322,12 +322,12 @@ def _outcome(outcome: Outcome, names: Sequence[str], pictures: _Pictures) -> dic
 def _measurement(measurement: Measurement, names: Sequence[str], pictures: _Pictures) -> dict[str, Any]:
     if isinstance(measurement, TriggerSearch):
         return _trigger_search(measurement, names, pictures)
-    if isinstance(measurement, ClassMargins):
+    if isinstance(measurement, ClassMeasurement):
         return {
-            "kind": "class_margins",
+            "kind": "class_measurement",
             "classes": [
-                {"class": _class(names, index), "margin": _number(margin), "ratio": _number(ratio)}
-                for index, (margin, ratio) in enumerate(zip(measurement.margins, measurement.ratios, strict=True))
+                {"class": _class(names, index), "value": _number(value), "ratio": _number(ratio)}
+                for index, (value, ratio) in enumerate(zip(measurement.values, measurement.ratios, strict=True))
             ],
         }
     return _input_scores(measurement, names)

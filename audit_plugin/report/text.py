@@ -14,10 +14,10 @@ from audit_plugin.report.wording import (
     candidate_label,
     check_title,
     class_label,
+    class_words,
     decimal,
     interval,
     joined,
-    margin_words,
     measured_count,
     moment,
     not_measured,
@@ -27,7 +27,7 @@ from audit_plugin.report.wording import (
     verdict_sentence,
     verdict_word,
 )
-from audit_plugin.types import AuditReport, InputScores, Measured, Rate, TriggerEvidence, Verdict, class_margins
+from audit_plugin.types import AuditReport, InputScores, Measured, Rate, TriggerEvidence, Verdict, class_measurements
 
 MOST_LINES = 25
 LINE_WIDTH = 260
@@ -58,8 +58,11 @@ def render_text(report: AuditReport) -> str:
     scorers = [
         f"{check_title(check)}: {_scorer_words(scores)}{_baseline_words(scores)}" for check, scores in _input_scores(report)
     ]
-    if (margins := class_margins(report.outcomes)) is not None:
-        lines.append(_row("largest margin", clean_text(margin_words(report, margins), LINE_WIDTH)))
+    measured = [
+        clean_text(f"{check_title(check)}: {class_words(report, check, found)}", LINE_WIDTH)
+        for check, found in class_measurements(report.outcomes).items()
+    ]
+    lines += _listed("classes", measured, _MOST_SCORERS)
     lines += _listed("input checks", scorers, _MOST_SCORERS)
     if report.suspects:
         lines.append(_row("suspect inputs", f"{flagged_count(report)} of {len(report.suspects)} flagged by at least one check"))

@@ -11,7 +11,7 @@ from audit_plugin.report.sanitise import clean_text
 from audit_plugin.types import (
     AuditReport,
     Calibration,
-    ClassMargins,
+    ClassMeasurement,
     Failed,
     Inapplicable,
     Measured,
@@ -28,6 +28,7 @@ CLASS_NAME_LIMIT = 40
 _CHECK_TITLES = {
     "trigger_inversion": "Trigger search, class by class",
     "maximum_margin": "Largest margins",
+    "neuron_noise": "Noise in the weights",
     "source_specific": "Trigger search, pair by pair",
     "layerwise": "Layer-wise features",
     "bad_expert": "Backdoor expert",
@@ -43,6 +44,10 @@ _CHECK_EXPLANATIONS = {
     "maximum_margin": (
         "How surely the model can be made to see each class, whatever the image: the largest margin of its answers. A backdoor's "
         "target class reaches far more than the next class."
+    ),
+    "neuron_noise": (
+        "By how little the weights must change until the model sees a class in every image. A backdoor is a shortcut in the "
+        "weights, whatever its trigger looks like: its target class needs far less than the next class."
     ),
     "source_specific": (
         "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "
@@ -224,12 +229,17 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
     return (*failed, *unsuited, *missing)
 
 
-def margin_words(report: AuditReport, margins: ClassMargins) -> str:
+def class_words(report: AuditReport, check: str, measured: ClassMeasurement) -> str:
     """'class "7" (7) reaches the largest margin, 3.2 times the next class's'."""
-    found = margins.most_suspicious
-    if margins.margins[found] <= 0:
-        return "no class reaches a positive margin"
-    return f"{class_label(report, found)} reaches the largest margin, {decimal(margins.ratios[found])} times the next class's"
+    found, noise = measured.most_suspicious, check == "neuron_noise"
+    if measured.values[found] <= 0:
+        return "no noise makes the model see a class" if noise else "no class reaches a positive margin"
+    label, ratio = class_label(report, found), decimal(measured.ratios[found])
+    return (
+        f"{label} needs the least noise, the next class {ratio} times as much"
+        if noise
+        else (f"{label} reaches the largest margin, {ratio} times the next class's")
+    )
 
 
 def canary_words(power: PowerCheck) -> str:

@@ -21,7 +21,7 @@ from scipy import stats
 from audit_plugin.checks.maximum_margin import MaximumMargin
 from audit_plugin.errors import InapplicableError
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import LabelledImages
+from audit_plugin.types import FitSplit, LabelledImages
 from pipelines.peers.base import PeerResult
 
 _SIGNIFICANCE = 0.05
@@ -41,7 +41,9 @@ class MaximumMarginDetection:
         """``score`` is -log10 of the p-value, ``by_class`` the largest margins; the clean images are not looked at."""
         started = time.perf_counter()
         measure = MaximumMargin(self.starts, self.steps)
-        margins = measure.measure(subject, range(subject.class_count), rng).astype(np.float64)
+        margins = measure.measure(subject, FitSplit(clean.images, clean.labels), range(subject.class_count), rng).astype(
+            np.float64
+        )
         p = p_value(margins)
         seconds = time.perf_counter() - started
         score = -math.log10(max(p, _SMALLEST_P))

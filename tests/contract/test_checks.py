@@ -100,13 +100,13 @@ def test_probes_return_triggers_that_fit_the_images(probe, digit_subject):
 
 @pytest.mark.parametrize("measure", CLASS_MEASURES, ids=lambda check: check.name)
 def test_measures_give_one_number_a_class_and_agree_with_themselves(measure, digit_subject):
-    subject, classes = digit_subject[0], [7, 1, 4, 2]
-    found, again = (measure().measure(subject, classes, np.random.default_rng(0)) for _ in range(2))
+    (subject, split, _), classes = digit_subject, [7, 1, 4, 2]
+    found, again = (measure().measure(subject, split, classes, np.random.default_rng(0)) for _ in range(2))
     assert found.shape == (4,)
     np.testing.assert_array_equal(found, again)
-    turned = measure().measure(subject, classes[::-1], np.random.default_rng(0))
+    turned = measure().measure(subject, split, classes[::-1], np.random.default_rng(0))
     np.testing.assert_allclose(turned[::-1], found, rtol=1e-3)
-    of_all = measure_classes(measure(), subject, 10, np.random.default_rng(0))
+    of_all = measure_classes(measure(), subject, split, 10, np.random.default_rng(0))
     assert of_all.ratios[of_all.most_suspicious] == max(of_all.ratios) >= 1
 
 
@@ -116,14 +116,14 @@ class Odd(ClassMeasure):
     def __init__(self, answer):
         self.answer = answer
 
-    def measure(self, subject, classes, rng):
+    def measure(self, subject, fit_split, classes, rng):
         return np.array(self.answer)
 
 
 @pytest.mark.parametrize("answer", [[1.0], [1.0, np.nan], [np.inf, 1.0], [[1.0, 2.0]]])
 def test_a_measure_that_breaks_the_contract_is_caught(answer, digit_subject):
     with pytest.raises(RuntimeError, match="Odd returned no finite number"):
-        measure_classes(Odd(answer), digit_subject[0], 2, np.random.default_rng(0))
+        measure_classes(Odd(answer), *digit_subject[:2], 2, np.random.default_rng(0))
 
 
 class Broken(FittedScorer):

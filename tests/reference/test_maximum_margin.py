@@ -9,8 +9,10 @@ from torch import nn
 
 from audit_plugin.checks import MaximumMargin
 from audit_plugin.errors import InapplicableError
+from audit_plugin.types import FitSplit
 
 SIZE, CLASSES = 4, 5
+UNUSED = FitSplit(np.zeros((0, SIZE, SIZE, 1), np.uint8), np.zeros(0, np.int64))
 
 
 class Linear(nn.Module):
@@ -50,7 +52,7 @@ def weights() -> np.ndarray:
 
 def test_as_written_out_in_numpy(weights, make_subject):
     found = MaximumMargin(starts=3, steps=40).measure(
-        make_subject(Linear(weights), 1, SIZE), range(CLASSES), np.random.default_rng(5)
+        make_subject(Linear(weights), 1, SIZE), UNUSED, range(CLASSES), np.random.default_rng(5)
     )
     seed = int(np.random.default_rng(5).integers(2**62))
     start = torch.rand((3, 1, SIZE, SIZE), generator=torch.Generator().manual_seed(seed)).numpy().reshape(3, -1)
@@ -73,7 +75,7 @@ def test_opposite_classes_reach_their_closed_form(make_subject):
 def test_classes_renumbered_have_their_margins_renumbered(weights, make_subject):
     order = np.random.default_rng(4).permutation(CLASSES)
     before, after = (
-        MaximumMargin().measure(make_subject(Linear(table), 1, SIZE), range(CLASSES), np.random.default_rng(2))
+        MaximumMargin().measure(make_subject(Linear(table), 1, SIZE), UNUSED, range(CLASSES), np.random.default_rng(2))
         for table in (weights, weights[order])
     )
     np.testing.assert_allclose(after, before[order], rtol=1e-5)
@@ -83,7 +85,7 @@ def test_a_planted_class_reaches_far_more_than_its_clean_twin(weights, make_subj
     planted = weights.copy()
     planted[3, 5] += 60.0  # one white pixel says class 3
     margins = [
-        MaximumMargin().measure(make_subject(Linear(table), 1, SIZE), range(CLASSES), np.random.default_rng(0))
+        MaximumMargin().measure(make_subject(Linear(table), 1, SIZE), UNUSED, range(CLASSES), np.random.default_rng(0))
         for table in (weights, planted)
     ]
     assert margins[1].argmax() == 3
@@ -94,7 +96,9 @@ def test_a_planted_class_reaches_far_more_than_its_clean_twin(weights, make_subj
 @pytest.mark.parametrize("factor", [0.0, 1e-6])
 def test_where_the_ascent_leads_nowhere_nothing_is_measured(weights, make_subject, factor):
     with pytest.raises(InapplicableError, match=r"images of only [01] of 5 classes"):
-        MaximumMargin(steps=30).measure(make_subject(Tiny(weights, factor), 1, SIZE), range(CLASSES), np.random.default_rng(0))
+        MaximumMargin(steps=30).measure(
+            make_subject(Tiny(weights, factor), 1, SIZE), UNUSED, range(CLASSES), np.random.default_rng(0)
+        )
 
 
 class Tiny(Linear):

@@ -25,7 +25,7 @@ from audit_plugin.errors import UsageError
 from audit_plugin.maths.rates import rate
 from audit_plugin.policy import Policy, load_policy
 from audit_plugin.records import read_record, write_record
-from audit_plugin.types import ClassMargins, InputScores, Measured, Threshold, Trigger, TriggerEvidence, TriggerSearch
+from audit_plugin.types import ClassMeasurement, InputScores, Measured, Threshold, Trigger, TriggerEvidence, TriggerSearch
 from tests.unit.report.conftest import passing
 
 SETTINGS_NOW = {name: section for name, section in Policy().document().items() if name in SETTINGS}
@@ -193,7 +193,7 @@ def test_statistics_are_of_the_most_suspicious_class_and_the_mean_of_the_checks(
         Measured("layerwise", scores(90, 10), 1.0),
         Measured("beniful", scores(40, 0), 1.0),
     ]
-    margins = Measured("maximum_margin", ClassMargins((10.0, 25.0), (0.4, 2.5)), 1.0)
+    margins = Measured("maximum_margin", ClassMeasurement((10.0, 25.0), (0.4, 2.5)), 1.0)
     assert statistics_of([*outcomes, margins])["margin"] == pytest.approx(math.log(2.5))
     found = statistics_of(outcomes)
     assert found == pytest.approx({"trigger_outlier": 5.0, "trigger_smallness": -math.log(4) / math.log(100), "detection": 0.6})

@@ -11,7 +11,7 @@ from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Calibration,
     CanaryResult,
-    ClassMargins,
+    ClassMeasurement,
     Expectation,
     Failed,
     Inapplicable,
@@ -298,12 +298,29 @@ def test_a_pool_outvotes_canaries_between_the_thresholds():
     assert decision.verdict is Verdict.FAIL
 
 
-def test_the_size_is_told_with_the_margin_where_one_was_measured():
-    margins = Measured("maximum_margin", ClassMargins((10.0,) * 3 + (32.0,) + (10.0,) * 6, (0.3,) * 3 + (3.2,) + (0.3,) * 6), 1.0)
-    (size,) = [reason for reason in verdict(search(5), layerwise(), margins).reasons if reason.code == "trigger-size"]
+def test_the_size_is_told_with_margin_and_noise_where_they_were_measured():
+    values, ratios = (10.0,) * 3 + (32.0,) + (10.0,) * 6, (0.3,) * 3 + (3.2,) + (0.3,) * 6
+    measured = (Measured(check, ClassMeasurement(values, ratios), 1.0) for check in ("maximum_margin", "neuron_noise"))
+    (size,) = [reason for reason in verdict(search(5), layerwise(), *measured).reasons if reason.code == "trigger-size"]
     assert "its largest margin is 3.2 times the largest other class's" in size.message
+    assert "any other class needs at least 3.2 times the noise in the weights" in size.message
     (size,) = [reason for reason in verdict(search(5), layerwise()).reasons if reason.code == "trigger-size"]
     assert "margin" not in size.message
+    assert "noise" not in size.message
+
+
+def test_a_class_that_stands_out_by_noise_alone_does_not_pass_even_without_a_trigger():
+    """Weights that a little noise opens are no proof of a trigger, and no model to promote either."""
+    plain = search(40, success=10)
+    candidates = [
+        dataclasses.replace(found, outlier=4.0, size_ratio=0.0) if found.trigger.target_class == 3 else found
+        for found in plain.measurement.candidates
+    ]
+    found = dataclasses.replace(plain, measurement=dataclasses.replace(plain.measurement, candidates=tuple(candidates)))
+    decision = verdict(found, layerwise())
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert decision.suspected_class == 3
+    assert "trigger-does-not-hold" in {reason.code for reason in decision.reasons}
 
 
 def test_canaries_save_no_backdoored_model():

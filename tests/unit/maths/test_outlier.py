@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from audit_plugin.maths.outlier import (
+    NOISE_SPREAD,
     SPREAD_FLOOR,
     USUAL_SPREAD,
     class_outliers,
-    margin_ratios,
+    others_ratios,
     pair_outliers,
     size_ratios,
     small_side_outliers,
@@ -131,9 +132,9 @@ def test_a_ratio_compares_with_the_other_classes_alone():
 
 
 def test_a_margin_is_compared_with_the_largest_other():
-    np.testing.assert_allclose(margin_ratios(np.array([10.0, 40.0, 20.0])), [0.25, 2.0, 0.5])
-    assert margin_ratios(np.array([-1.0, 3.0, -2.0])).tolist() == [0.0, 100.0, 0.0]
-    assert margin_ratios(np.array([-1.0, -3.0])).tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(others_ratios(np.array([10.0, 40.0, 20.0])), [0.25, 2.0, 0.5])
+    assert others_ratios(np.array([-1.0, 3.0, -2.0])).tolist() == [0.0, 100.0, 0.0]
+    assert others_ratios(np.array([-1.0, -3.0])).tolist() == [0.0, 0.0]
 
 
 def test_size_and_margin_multiply():
@@ -141,8 +142,8 @@ def test_size_and_margin_multiply():
     margins = np.full(10, 30.0)
     margins[3] = 60.0
     # Neither the size, 40 / 14 of the median, nor the margin would be a failure's 3.5 alone.
-    assert class_outliers(values, margin_ratios(margins))[3] == pytest.approx(np.log(40 / 14 * 2) / USUAL_SPREAD)
-    assert class_outliers(values)[3] < 3.5 < class_outliers(values, margin_ratios(margins))[3]
+    assert class_outliers(values, others_ratios(margins))[3] == pytest.approx(np.log(40 / 14 * 2) / USUAL_SPREAD)
+    assert class_outliers(values)[3] < 3.5 < class_outliers(values, others_ratios(margins))[3]
 
 
 @pytest.mark.parametrize("size", [60.0, 40.0, 39.4, 30.0, 22.0])
@@ -150,20 +151,20 @@ def test_a_margin_counts_at_most_as_much_as_the_trigger(size):
     values, margins = np.full(10, 40.0), np.full(10, 30.0)
     values[3], margins[3] = size, 1e6
     expected = max(0.0, 2 * np.log(40 / size)) / USUAL_SPREAD
-    assert class_outliers(values, margin_ratios(margins))[3] <= max(expected, np.log(40 / size) / SPREAD_FLOOR) + 1e-9
-    assert class_outliers(values, margin_ratios(margins))[3] < 3.5
+    assert class_outliers(values, others_ratios(margins))[3] <= max(expected, np.log(40 / size) / SPREAD_FLOOR) + 1e-9
+    assert class_outliers(values, others_ratios(margins))[3] < 3.5
 
 
 def test_a_decoys_margin_does_not_hide_the_true_target():
     values = np.array([40.0, 22, 70, 26, 55, 30, 90, 9, 60, 25])
     margins = np.full(10, 30.0)
     margins[7], margins[3] = 75.0, 300.0
-    assert class_outliers(values, margin_ratios(margins)).argmax() == 7
+    assert class_outliers(values, others_ratios(margins)).argmax() == 7
 
 
 @given(sizes)
 def test_with_equal_margins_a_class_stands_out_no_less_than_by_its_size(values):
-    outliers = class_outliers(values, margin_ratios(np.full(len(values), 7.0)))
+    outliers = class_outliers(values, others_ratios(np.full(len(values), 7.0)))
     assert (outliers >= small_side_outliers(values) - 1e-9).all()
     np.testing.assert_allclose(outliers, class_outliers(values), atol=1e-9)
 
@@ -172,10 +173,28 @@ def test_with_equal_margins_a_class_stands_out_no_less_than_by_its_size(values):
 def test_only_ratios_of_sizes_and_margins_count_and_no_order(values, size_factor, margin_factor, random):
     margins = np.array([random.uniform(1, 50) for _ in values])
     order = np.array(random.sample(range(len(values)), len(values)))
-    expected = class_outliers(values, margin_ratios(margins))
-    np.testing.assert_allclose(class_outliers(values * size_factor, margin_ratios(margins * margin_factor)), expected, atol=1e-6)
-    np.testing.assert_allclose(class_outliers(values[order], margin_ratios(margins[order])), expected[order], atol=1e-9)
+    expected = class_outliers(values, others_ratios(margins))
+    np.testing.assert_allclose(class_outliers(values * size_factor, others_ratios(margins * margin_factor)), expected, atol=1e-6)
+    np.testing.assert_allclose(class_outliers(values[order], others_ratios(margins[order])), expected[order], atol=1e-9)
 
 
 def test_a_class_without_a_trigger_stands_out_by_no_margin():
-    assert class_outliers(np.array([40.0, np.inf, 38.0, 42.0]), margin_ratios(np.array([1.0, 90.0, 1.0, 1.0])))[1] == -np.inf
+    assert class_outliers(np.array([40.0, np.inf, 38.0, 42.0]), others_ratios(np.array([1.0, 90.0, 1.0, 1.0])))[1] == -np.inf
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(1.0, 0.0), (2.0, np.log(2) / NOISE_SPREAD), (0.5, -np.inf)])
+def test_a_class_stands_out_by_noise_alone_whatever_its_trigger(ratio, expected):
+    noise = np.full(10, 0.3)
+    noise[3] = ratio
+    for size in (40.0, 400.0, np.inf):  # usual, large, none found
+        values = np.full(10, 40.0)
+        values[3] = size
+        by_size = class_outliers(values)[3]
+        assert class_outliers(values, None, noise)[3] == pytest.approx(max(expected, np.log(ratio) / NOISE_SPREAD, by_size))
+
+
+@given(sizes)
+def test_noise_takes_nothing_from_what_triggers_say(values):
+    """The class that noise reaches first stands out no less than without it, and so do the others."""
+    noise = others_ratios(np.arange(1.0, len(values) + 1))
+    assert (class_outliers(values, None, noise) >= class_outliers(values)).all()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from audit_plugin.checks import MaximumMargin
 from audit_plugin.errors import InapplicableError
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import ImageArray, LabelledImages
+from audit_plugin.types import FitSplit, ImageArray, LabelledImages
 from pipelines.peers import INPUT_PEERS, MODEL_PEERS, MaximumMarginDetection, ModelPeer, NeuralCleanse, Strip
 from pipelines.peers.mm_bd import p_value
 from pipelines.peers.neural_cleanse import _Costs, anomaly_indices
@@ -113,7 +113,8 @@ def test_other_names_for_the_classes_change_their_order_and_nothing_else(make_su
     as_it_was, renamed = (make_subject(Regions(60.0, names), 1, SIZE) for names in (None, order))
     assert (order[renamed.predict(CLEAN.images)] == CLEAN.labels).all()
     measure = MaximumMargin(starts=4, steps=60)
-    margins = [measure.measure(subject, range(CLASSES), np.random.default_rng(0)) for subject in (as_it_was, renamed)]
+    unused = FitSplit(CLEAN.images[:0], CLEAN.labels[:0])
+    margins = [measure.measure(subject, unused, range(CLASSES), np.random.default_rng(0)) for subject in (as_it_was, renamed)]
     np.testing.assert_allclose(margins[1], margins[0][order], rtol=1e-4)
     sizes = [
         NeuralCleanse(rounds=6, batches=2).mask_sizes(subject, CLEAN, np.random.default_rng(0))

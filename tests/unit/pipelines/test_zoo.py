@@ -110,7 +110,7 @@ def test_other_architectures_and_hard_models_train_and_export(data_dir, tmp_path
     names = [
         "cifar10_clean_vgg_0",
         "cifar10_low_rate_cnn",
-        "cifar10_clean_resnet18_imbalanced",
+        "cifar10_clean_cnn_imbalanced",
         "cifar10_clean_vgg_adversarial",
     ]
     result = run(tmp_path, data_dir, *(word for name in names for word in ("--only", name)), recipe="cifar10-small")

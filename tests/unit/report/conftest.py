@@ -13,7 +13,7 @@ from audit_plugin.types import (
     Baseline,
     Calibration,
     CanaryResult,
-    ClassMargins,
+    ClassMeasurement,
     CleanSetSummary,
     Decision,
     Distribution,
@@ -125,11 +125,11 @@ def search(class_count: int, suspected: int | None, seed: int) -> TriggerSearch:
     return TriggerSearch(tuple(candidates), steps=400)
 
 
-def margins(class_count: int, suspected: int | None) -> ClassMargins:
-    """Between 20 and 30, the suspected class's 90."""
-    values = [90.0 if index == suspected else 20.0 + index % 11 for index in range(class_count)]
+def of_classes(class_count: int, suspected: int | None, largest: float) -> ClassMeasurement:
+    """Between 20 and 30, of the suspected class ``largest``."""
+    values = [largest if index == suspected else 20.0 + index % 11 for index in range(class_count)]
     ratios = [value / max(values[:index] + values[index + 1 :]) for index, value in enumerate(values)]
-    return ClassMargins(tuple(values), tuple(ratios))
+    return ClassMeasurement(tuple(values), tuple(ratios))
 
 
 def layerwise(suspected: int | None, seed: int) -> InputScores:
@@ -338,7 +338,8 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
             Measured("bad_expert", bad_expert(suspected, 3), 21.9),
             Inapplicable("beniful", "the tap in the middle has 12 features; 32 are needed"),
             Measured("activation_norm", activation_norm(suspected, 4), 2.4),
-            Measured("maximum_margin", margins(class_count, suspected), 14.1),
+            Measured("maximum_margin", of_classes(class_count, suspected, 90.0), 14.1),
+            Measured("neuron_noise", of_classes(class_count, suspected, 45.0), 8.3),
         ),
         (
             Reason("class-stands-out", f"Class {suspected} stands out: p = 0.040 (24 references, floor 0.040)."),
@@ -379,7 +380,8 @@ def passing(class_count: int = 43) -> AuditReport:
             Measured("layerwise", layerwise(None, 12), 4.0),
             Measured("bad_expert", bad_expert(None, 13), 25.0),
             Measured("activation_norm", activation_norm(None, 14, 0), 2.0),
-            Measured("maximum_margin", margins(class_count, None), 44.0),
+            Measured("maximum_margin", of_classes(class_count, None, 90.0), 44.0),
+            Measured("neuron_noise", of_classes(class_count, None, 45.0), 38.0),
         ),
         (
             Reason("nothing-stands-out", "No class stands out: p = 0.48 (24 references)."),

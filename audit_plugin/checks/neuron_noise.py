@@ -1,0 +1,119 @@
+"""Neuron noise: how little the channels' weights must change until the model sees a class in every image.
+
+Each row of each weight tensor (the weights of one output channel, a bias, a scale) is multiplied by 1 + d. For each class t the
+mean log probability of t over clean images of other classes is raised by steepest ascent over d, along which the length of d (l2,
+all rows together) grows; noted is the length at which the mean margin f_t(x) - max over s != t of f_s(x) reaches the median of
+that of the model's answers to clean images. A backdoor is a shortcut in the weights, whatever its trigger looks like, and a
+little noise opens it for every image (Wu and Wang 2021, *Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting Backdoors
+Activated by Adversarial Neuron Noise*). So warped and blended triggers are seen that no small patch imitates.
+
+What we do differently from the papers, and why:
+
+* noise is sought for each class instead of against all labels at once, so that classes can be compared with each other:
+  untargeted noise ends in some one class of every model, clean ones too;
+* noise is relative to the weights and its length is l2 over all rows, instead of bounded row by row: only the shortest way tells
+  a shortcut from brute force (docs/decisions/0008 has both);
+* the mask over features that BAN adds is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from audit_plugin.checks.base import ClassMeasure
+from audit_plugin.errors import InapplicableError
+from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model.fine_tuning import compute_device, fast_precision
+from audit_plugin.model.subject import Subject
+from audit_plugin.types import FitSplit, FloatArray
+
+_LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
+_FEWEST_REACHED = 3
+
+
+@dataclass(frozen=True)
+class NeuronNoise(ClassMeasure):
+    """The measure.
+
+    Attributes:
+        images: of the fit split, at random, that the noise must move; those of the class itself are left out.
+    """
+
+    name: ClassVar[str] = "neuron_noise"
+    images: int = 100
+
+    def measure(self, subject: Subject, fit_split: FitSplit, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
+        """One over the length of the noise that each class needs, (classes,); zero where the longest, 7.3, does not do.
+
+        Raises:
+            InapplicableError: the model gives no gradients, has no weights, or noise reaches fewer than three classes.
+        """
+        device, module = compute_device(), subject.trainable_copy()
+        chosen = rng.permutation(len(fit_split))[: self.images]
+        pixels = torch.from_numpy(to_pixels(fit_split.images[chosen])).to(device)
+        labels = torch.from_numpy(fit_split.labels[chosen]).to(device)
+        module.to(device)
+        weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad and weight.ndim}
+        with torch.no_grad():
+            logits = module(pixels)[-1].float()
+        answers = logits.argmax(dim=1)
+        wanted = float(_margins(logits, answers).median())
+        found = np.zeros(len(classes))
+        for place, target in enumerate(classes):
+            others = pixels[(labels != target) & (answers != target)]
+            if len(others):
+                found[place] = 1 / _needed(_ascent(module, weights, others, target), wanted)
+        if (found > 0).sum() < _FEWEST_REACHED:
+            raise InapplicableError(
+                f"Noise in the weights makes the model see only {(found > 0).sum()} of {len(found)} classes, too few to compare. "
+                "A model that hides its gradients ends here."
+            )
+        return found.astype(np.float32)
+
+
+def _margins(logits: Tensor, targets: Tensor) -> Tensor:
+    others = logits.scatter(1, targets[:, None], -torch.inf).amax(dim=1)
+    return logits.gather(1, targets[:, None])[:, 0] - others
+
+
+def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:
+    """The length at which the margin on a path of (length, margin) reaches ``wanted``, interpolated; infinite if never."""
+    length, margin = next(path)
+    if margin >= wanted:  # without any noise
+        return _LENGTHS[1]
+    for longer, greater in path:
+        if greater >= wanted:
+            return length + (longer - length) * (wanted - margin) / (greater - margin)
+        length, margin = longer, greater
+    return math.inf
+
+
+def _ascent(module: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor, target: int) -> Iterator[tuple[float, float]]:
+    """Length of the noise and the mean margin of ``target`` over the images, from no noise to the longest."""
+    noise = {name: torch.zeros(len(weight), *[1] * (weight.ndim - 1), device=pixels.device) for name, weight in weights.items()}
+    targets = torch.full((len(pixels),), target, device=pixels.device)
+    for length, longer in itertools.pairwise((*_LENGTHS, math.inf)):
+        for row in noise.values():
+            row.requires_grad_(True)
+        with fast_precision(pixels.device):
+            noisy = {name: weight * (1 + noise[name]) for name, weight in weights.items()}
+            logits = functional_call(module, noisy, (pixels,))[-1].float()
+        yield length, float(_margins(logits.detach(), targets).mean())
+        objective = logits.log_softmax(dim=1)[:, target].mean()
+        gradients = torch.autograd.grad(objective, list(noise.values()), allow_unused=True, materialize_grads=True)
+        norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
+        if math.isinf(longer) or not 0 < norm < math.inf:
+            return
+        noise = {
+            name: row.detach() + (longer - length) / norm * gradient
+            for (name, row), gradient in zip(noise.items(), gradients, strict=True)
+        }
