@@ -56,6 +56,7 @@ from audit_plugin.types import (
     TestSplit,
     Trigger,
     Verdict,
+    class_measurements,
     trigger_search,
 )
 from audit_plugin.zoo import attacks
@@ -348,7 +349,10 @@ def _audit(job: Job) -> Row:
 
 
 def judgement_of(report: AuditReport) -> Row:
-    """The score is by how much the most conspicuous class stands out; flagged is what the verdict fails."""
+    """The score is by how much the most conspicuous class stands out; flagged is what the verdict fails.
+
+    With what it rests on, class by class, so that another rule can be tried on the same audits.
+    """
     classes, pairs = trigger_search(report.outcomes), trigger_search(report.outcomes, of_pairs=True)
     if classes is None:
         raise InapplicableError("; ".join(reason.message for reason in report.decision.reasons) or "No trigger search ran.")
@@ -360,6 +364,17 @@ def judgement_of(report: AuditReport) -> Row:
         "verdict": str(report.decision.verdict),
         "reasons": [reason.code for reason in report.decision.reasons],
         "suspected_class": of_class.trigger.target_class,
+        "triggers": [
+            {
+                "class": found.trigger.target_class,
+                "family": found.trigger.family,
+                "size": found.trigger.size,
+                "size_ratio": found.size_ratio,
+                "success": found.success.value,
+            }
+            for found in classes.candidates
+        ],
+        "of_classes": {check: list(found.values) for check, found in class_measurements(report.outcomes).items()},
     }
 
 

@@ -47,6 +47,9 @@ maximum_classes = 0
 starts = 2
 steps = 30
 
+[neuron_noise]
+images = 20
+
 [canaries]
 families = []
 

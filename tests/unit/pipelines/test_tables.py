@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,9 @@ def test_the_audit_and_the_repairs_are_measured(model: str, trained: Path, tmp_p
     assert record["state"] == "measured", record["note"]
     assert record["judgement"]["verdict"] in ("pass", "fail", "inconclusive")
     assert record["judgement"]["flagged"] == (record["judgement"]["verdict"] == "fail")
+    of_classes, triggers = record["judgement"]["of_classes"], record["judgement"]["triggers"]
+    assert {check: len(values) for check, values in of_classes.items()} == {"maximum_margin": 10, "neuron_noise": 10}
+    assert Counter(found["family"] for found in triggers) == {"patch": 10, "additive": 10}
     record = measured(job_of(trained, tmp_path, model, "repairs"))
     assert record["state"] == "measured", record["note"]
     names = [row["repair"] for row in record["repairs"]]

@@ -59,6 +59,7 @@ def test_a_fail_is_one_failure_that_says_why(failing_report):
         "check bad_expert": None,
         "check activation_norm": None,
         "check maximum_margin": None,
+        "check neuron_noise": None,
         "check beniful": "skipped",
         "clean set": None,
     }

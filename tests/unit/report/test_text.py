@@ -62,10 +62,11 @@ def test_text_says_which_canaries_were_found(passing_report, failing_report):
     assert "canaries " not in render_text(failing_report)
 
 
-def test_text_says_which_class_reaches_the_largest_margin(failing_report, inconclusive_report):
-    expected = "largest margin    ship (class 8) reaches the largest margin, 3.1 times the next class's"
-    assert expected in render_text(failing_report)
-    assert "largest margin" not in render_text(inconclusive_report)
+def test_text_says_which_class_stands_out_by_its_margin_and_its_noise(failing_report, inconclusive_report):
+    text = render_text(failing_report)
+    assert "Largest margins: ship (class 8) reaches the largest margin, 3.1 times the next class's" in text
+    assert "Noise in the weights: ship (class 8) needs the least noise, the next class 1.6 times as much" in text
+    assert "least noise" not in render_text(inconclusive_report)
 
 
 def test_text_says_where_the_model_stands_among_clean_ones(passing_report, failing_report):
