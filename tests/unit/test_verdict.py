@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from audit_plugin.maths.outlier import small_side_outliers
+from audit_plugin.maths.outlier import SPREAD_FLOOR, small_side_outliers
 from audit_plugin.maths.rates import rate
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
@@ -148,7 +148,7 @@ def test_advice_does_not_decide():
         ((search(5), layerwise(detected=60, false_positives=55)), "not-confirmed"),  # intervals overlap: no evidence
         ((search(5), Failed("layerwise", "boom")), "not-confirmed"),
         ((search(5, success=70), layerwise()), "trigger-does-not-hold"),
-        ((search(40 / np.exp(3.2 * 0.2)), layerwise()), "borderline"),
+        ((search(40 / np.exp(3.2 * SPREAD_FLOOR)), layerwise()), "borderline"),
     ],
 )
 def test_a_suspicion_without_proof_is_inconclusive_and_kept(outcomes, code):
@@ -262,21 +262,21 @@ def test_nothing_passes_without_its_required_canaries(power, code, told):
     [("found", 3.6, Verdict.PASS), ("found", 3.0, Verdict.INCONCLUSIVE), ("not found", 3.6, Verdict.INCONCLUSIVE)],
 )
 def test_between_the_thresholds_canaries_decide_that_stand_out_more(standing, outlier, expected):
-    own = search(21).measurement.most_suspicious.outlier
+    own = search(13).measurement.most_suspicious.outlier
     assert 3.0 < own < 3.5
     power = PowerCheck((dataclasses.replace(canary("patch", standing), outlier=outlier),))
-    decision = with_canaries(power, "patch", smallest=21)
+    decision = with_canaries(power, "patch", smallest=13)
     assert decision.verdict is expected
     assert ("canary-not-found" in codes(decision)) == (standing == "not found")
     told = [reason.message for reason in decision.reasons if reason.code == "no-class-stands-out"]
     assert all("less than the known backdoors" in message for message in told)
-    assert with_canaries(power, smallest=21).verdict is Verdict.INCONCLUSIVE  # where none is required, none decides
+    assert with_canaries(power, smallest=13).verdict is Verdict.INCONCLUSIVE  # where none is required, none decides
 
 
 def test_a_stricter_failure_is_no_laxer_pass():
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=3.2),))
-    outcomes = (search(20), layerwise())
-    assert 3.2 < search(20).measurement.most_suspicious.outlier < 3.9
+    outcomes = (search(12), layerwise())
+    assert 3.2 < search(12).measurement.most_suspicious.outlier < 3.9
     decision = decide(
         outcomes, GOOD, NAMES, VerdictPolicy(minimum_outlier=4.0), REQUIRED, canaries=power, required_canaries=("patch",)
     )
@@ -286,7 +286,7 @@ def test_a_stricter_failure_is_no_laxer_pass():
 def test_a_pool_outvotes_canaries_between_the_thresholds():
     power = PowerCheck((canary("patch", "found"),))
     decision = decide(
-        (search(21), layerwise()),
+        (search(13), layerwise()),
         GOOD,
         NAMES,
         VerdictPolicy(),
@@ -352,8 +352,8 @@ def calibrated(*outcomes, calibration):
         (5, 0.08, Verdict.INCONCLUSIVE, "usual-among-clean-models"),
         (39, 0.5, Verdict.PASS, "no-class-stands-out"),
         (39, 0.04, Verdict.INCONCLUSIVE, "unusual-among-clean-models"),
-        (21, 0.04, Verdict.FAIL, "class-stands-out"),
-        (21, 0.5, Verdict.PASS, "no-class-stands-out"),
+        (13, 0.04, Verdict.FAIL, "class-stands-out"),
+        (13, 0.5, Verdict.PASS, "no-class-stands-out"),
     ],
 )
 def test_clean_models_decide_where_they_can(smallest, p_value, expected, code):
@@ -364,10 +364,10 @@ def test_clean_models_decide_where_they_can(smallest, p_value, expected, code):
 
 
 def test_without_clean_models_the_same_border_is_inconclusive():
-    outlier = search(21).measurement.most_suspicious.outlier
+    outlier = search(13).measurement.most_suspicious.outlier
     assert VerdictPolicy().clear_outlier <= outlier < VerdictPolicy().minimum_outlier
     for calibration in (None, Calibration({"a": 1.0}, {})):
-        decision = calibrated(search(21), layerwise(), calibration=calibration)
+        decision = calibrated(search(13), layerwise(), calibration=calibration)
         assert (decision.verdict, codes(decision)[0]) == (Verdict.INCONCLUSIVE, "borderline")
 
 

@@ -8,6 +8,7 @@ from scipy import stats
 
 from audit_plugin.maths.outlier import (
     NOISE_SPREAD,
+    PAIR_SPREAD_FLOOR,
     SPREAD_FLOOR,
     USUAL_SPREAD,
     class_outliers,
@@ -109,7 +110,7 @@ def test_all_to_all_stands_out_in_every_row():
 def test_pairs_by_hand():
     logs = np.log(np.array([[np.nan, 4.0, 4, 4], [4, np.nan, 4, 1], [4, 4, np.nan, 4], [4, 4, 4, np.nan]]))
     found = pair_outliers(np.exp(logs))
-    assert found[1, 3] == pytest.approx(np.log(4) / SPREAD_FLOOR)
+    assert found[1, 3] == pytest.approx(np.log(4) / PAIR_SPREAD_FLOOR)
     assert found[0, 1] == pytest.approx(0)
     assert np.isneginf(np.diag(found)).all()
 
