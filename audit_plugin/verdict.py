@@ -13,7 +13,7 @@ The rule of this release, in words:
   files found no path that a search cannot look behind, all classes were searched, no class comes nearer than
   ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``. Of the canaries that the policy requires, known
   backdoors planted in copies of the model, at least half of those that took were found; between ``clear_outlier`` and
-  ``minimum_outlier`` they must stand out more than the model's own class does.
+  ``minimum_outlier`` they must stand out more than the model's own class does, unless that stands out by noise.
 * **inconclusive**: everything else, with the reason.
 
 With a pool of clean reference models (:mod:`audit_plugin.calibration`), a failure also needs a p-value of at most alpha, a pass
@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from audit_plugin.maths.outlier import NOISE_SPREAD
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Calibration,
@@ -143,7 +144,11 @@ def decide(
     is_unusual, among = _among_clean_models(calibration, alpha)
     doubts = (*doubts, *_pool_doubts(calibration))
     # Between the two thresholds clean models decide, where they can, and else canaries.
-    is_usual = not is_unusual if is_unusual is not None else _stand_out_more(canaries, required_canaries, found.outlier)
+    if is_unusual is not None:
+        is_usual = not is_unusual
+    else:
+        by_noise = _stands_out_by_noise(found, outcomes, policy)
+        is_usual = not by_noise and _stand_out_more(canaries, required_canaries, found.outlier)
     if found.outlier < (policy.minimum_outlier if is_usual else policy.clear_outlier):
         if is_unusual:
             doubts = (*doubts, Reason("unusual-among-clean-models", among))
@@ -227,6 +232,13 @@ def _stand_out_more(canaries: PowerCheck | None, required: Sequence[str], outlie
         return False
     planted = [canary for canary in canaries.canaries if canary.planted and canary.family in required]
     return 2 * sum(canary.found and canary.outlier > outlier for canary in planted) >= len(planted)
+
+
+def _stands_out_by_noise(found: TriggerEvidence, outcomes: Sequence[Outcome], policy: VerdictPolicy) -> bool:
+    """Whether its noise alone makes the class stand out: planted triggers say nothing of that."""
+    noise = class_measurements(outcomes).get("neuron_noise")
+    ratio = noise.ratios[found.trigger.target_class] if noise else 0.0
+    return ratio > 0 and math.log(ratio) / NOISE_SPREAD >= policy.clear_outlier
 
 
 def _blind_spots(canaries: PowerCheck | None) -> tuple[str, ...]:

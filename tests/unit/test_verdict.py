@@ -273,6 +273,23 @@ def test_between_the_thresholds_canaries_decide_that_stand_out_more(standing, ou
     assert with_canaries(power, smallest=13).verdict is Verdict.INCONCLUSIVE  # where none is required, none decides
 
 
+@pytest.mark.parametrize(("ratio", "expected"), [(1.9, Verdict.PASS), (1.95, Verdict.INCONCLUSIVE)])
+def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(ratio, expected):
+    """1.95 is 3.04 deviations: log(1.95) / 0.22."""
+    noise = ClassMeasurement((1.0,) * 3 + (ratio,) + (1.0,) * 6, (1 / ratio,) * 3 + (ratio,) + (1 / ratio,) * 6)
+    power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
+    decision = decide(
+        (search(13), layerwise(), Measured("neuron_noise", noise, 1.0)),
+        GOOD,
+        NAMES,
+        VerdictPolicy(),
+        REQUIRED,
+        canaries=power,
+        required_canaries=("patch",),
+    )
+    assert decision.verdict is expected
+
+
 def test_a_stricter_failure_is_no_laxer_pass():
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=3.2),))
     outcomes = (search(12), layerwise())
