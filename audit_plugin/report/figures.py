@@ -203,6 +203,7 @@ def bar_chart(
     short_labels: Sequence[str] | None = None,
     highlighted: Collection[int] = (),
     logarithmic: bool | None = None,
+    largest_matter: bool = False,
 ) -> str:
     """Bars from left to right with the median as a dashed line; ``highlighted`` bars carry an arrow, the smallest also its name.
 
@@ -215,7 +216,8 @@ def bar_chart(
         highlighted: positions in ``values``.
         logarithmic: None chooses a logarithmic axis when the values span a factor of more than 20.
 
-    Beyond ``MOST_BARS`` bars only the smallest are drawn, in ascending order; the description says so.
+    Beyond ``MOST_BARS`` bars only the smallest are drawn, in ascending order, or, if the ``largest_matter``, these in descending
+    order; the description says so.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -223,7 +225,8 @@ def bar_chart(
     median = float(np.median(finite))
     shown = list(range(len(values)))
     if len(values) > MOST_BARS:
-        shown = sorted((index for index in shown if math.isfinite(values[index])), key=lambda index: values[index])[:MOST_BARS]
+        drawable = (index for index in shown if math.isfinite(values[index]))
+        shown = sorted(drawable, key=values.__getitem__, reverse=largest_matter)[:MOST_BARS]
     positive = min(finite) > 0
     if logarithmic is None:
         logarithmic = positive and max(finite) / min(finite) > LOGARITHMIC_RATIO
@@ -238,7 +241,8 @@ def bar_chart(
         f"largest {number(max(finite))}."
     )
     if len(shown) < len(values):
-        description += f" Only the {len(shown)} smallest are drawn, in ascending order."
+        kept = "largest are drawn, in descending order" if largest_matter else "smallest are drawn, in ascending order"
+        description += f" Only the {len(shown)} {kept}."
     for index in sorted(highlighted):
         description += f" Highlighted: {_label(labels[index], 40)}, {number(values[index])}."
 

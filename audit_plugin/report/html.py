@@ -337,6 +337,7 @@ def _class_measure(report: AuditReport, check: str, measured: ClassMeasurement) 
         quantity=quantity,
         short_labels=[str(index) for index in range(len(measured.values))],
         highlighted=[found] if report.decision.suspected_class == found else [],
+        largest_matter=True,
     )
     return {
         "id": check,
