@@ -398,7 +398,7 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] doubtful_from must not exceed doubtful_to": search.doubtful_from <= search.doubtful_to,
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
         "[maximum_margin] starts and steps must be at least 1": policy.maximum_margin.starts >= 1 <= policy.maximum_margin.steps,
-        "[neuron_noise] images must be at least 1": policy.neuron_noise.images >= 1,
+        "[neuron_noise] images must be at least 20": policy.neuron_noise.images >= 20,
         "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
         "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
         "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,

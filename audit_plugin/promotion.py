@@ -92,7 +92,9 @@ def _columns() -> dict[str, Column]:
         columns[f"{check}_ratio"] = Column(meaning, high=100.0, check=check)
     for check, name in SEARCHES.items():
         columns |= {
-            f"{name}_outlier": Column("By how many deviations the oddest trigger stands out.", low=-math.inf, check=check),
+            f"{name}_outlier": Column(
+                "By how many deviations the class of the oddest trigger stands out.", low=-math.inf, check=check
+            ),
             f"{name}_attack_success_rate": Column("Share of held-out images that it moves.", high=1.0, check=check),
             f"{name}_size_pixels": Column("Its size in pixels, the L1 norm of its mask.", check=check),
         }
@@ -176,12 +178,18 @@ def _search_figures(measurement: Mapping[str, Any]) -> dict[str, float]:
     compared = [candidate for candidate in measurement["candidates"] if candidate["outlier"] is not None]
     if not compared:
         return {}
-    oddest = max(compared, key=lambda candidate: candidate["outlier"])
+    oddest = max(compared, key=_suspicion)
     return {
         "outlier": float(oddest["outlier"]),
         "attack_success_rate": _rate(oddest["success"]),
         "size_pixels": _number(oddest["size"]),
     }
+
+
+def _suspicion(candidate: Mapping[str, Any]) -> tuple[float, float]:
+    """As :attr:`audit_plugin.types.TriggerEvidence.suspicion`, of one in a document."""
+    ratio = candidate["size_ratio"]
+    return candidate["outlier"], -candidate["size"] if ratio is None else ratio
 
 
 def _rate(rate: Mapping[str, Any] | None) -> float:

@@ -145,7 +145,7 @@ def recovered_triggers(report: AuditReport, target_class: int) -> tuple[Trigger,
     found = [
         candidate
         for _, search in trigger_searches(report)
-        for candidate in sorted(search.candidates, key=lambda candidate: -candidate.outlier)
+        for candidate in sorted(search.candidates, key=lambda candidate: candidate.suspicion, reverse=True)
         if candidate.trigger.target_class == target_class
     ]
     of_class = tuple(candidate.trigger for candidate in found if candidate.trigger.source_class is None)

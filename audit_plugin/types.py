@@ -240,6 +240,12 @@ class TriggerEvidence:
     size_ratio: float = math.nan
 
     @property
+    def suspicion(self) -> tuple[float, float]:
+        """What the odder of two triggers has more of: outlier, and where that is equal, how small it is. Without NaN."""
+        outlier = -math.inf if math.isnan(self.outlier) else self.outlier
+        return outlier, -self.trigger.size if math.isnan(self.size_ratio) else self.size_ratio
+
+    @property
     def is_compared(self) -> bool:
         """Whether it worked well enough for its size to be compared with the others'."""
         return math.isfinite(self.outlier) and self.size_ratio != 0
@@ -266,7 +272,7 @@ class TriggerSearch:
     @property
     def most_suspicious(self) -> TriggerEvidence:
         """The candidate whose class stands out most; of several of that class, the one of the relatively smallest trigger."""
-        return max(self.candidates, key=lambda candidate: (candidate.outlier, candidate.size_ratio))
+        return max(self.candidates, key=lambda candidate: candidate.suspicion)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ The rule of this release, in words:
   files found no path that a search cannot look behind, all classes were searched, no class comes nearer than
   ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``. Of the canaries that the policy requires, known
   backdoors planted in copies of the model, at least half of those that took were found; between ``clear_outlier`` and
-  ``minimum_outlier`` they must stand out more than the model's own class does, unless that stands out by noise.
+  ``minimum_outlier`` they must stand out more than the model's own class does, and none stands out by noise.
 * **inconclusive**: everything else, with the reason.
 
 With a pool of clean reference models (:mod:`audit_plugin.calibration`), a failure also needs a p-value of at most alpha, a pass
@@ -21,15 +21,17 @@ one above it; between ``clear_outlier`` and ``minimum_outlier`` the p-value deci
 anything of the model keeps it from passing.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
-``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 has what clean and backdoored models reached.
+``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 and 0008 have what clean and backdoored
+models reached.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from audit_plugin.maths.outlier import NOISE_SPREAD
+import numpy as np
+
+from audit_plugin.maths.outlier import noise_outliers
 from audit_plugin.policy import VerdictPolicy
 from audit_plugin.types import (
     Calibration,
@@ -57,7 +59,8 @@ NO_CANARIES = (
     "The model was not compared with canary backdoors planted in copies of it, so its sensitivity is that of the documentation."
 )
 BLIND_SPOTS = (
-    "Clean-label, warping and sample-specific triggers are measured only as far as a small patch or perturbation imitates them.",
+    "Clean-label, warping and sample-specific triggers are seen only as far as a small patch or perturbation imitates them, or a "
+    "little noise in the weights brings them about.",
     NO_CANARIES,
 )
 
@@ -147,8 +150,7 @@ def decide(
     if is_unusual is not None:
         is_usual = not is_unusual
     else:
-        by_noise = _stands_out_by_noise(found, outcomes, policy)
-        is_usual = not by_noise and _stand_out_more(canaries, required_canaries, found.outlier)
+        is_usual = not _stands_out_by_noise(outcomes, policy) and _stand_out_more(canaries, required_canaries, found.outlier)
     if found.outlier < (policy.minimum_outlier if is_usual else policy.clear_outlier):
         if is_unusual:
             doubts = (*doubts, Reason("unusual-among-clean-models", among))
@@ -234,11 +236,10 @@ def _stand_out_more(canaries: PowerCheck | None, required: Sequence[str], outlie
     return 2 * sum(canary.found and canary.outlier > outlier for canary in planted) >= len(planted)
 
 
-def _stands_out_by_noise(found: TriggerEvidence, outcomes: Sequence[Outcome], policy: VerdictPolicy) -> bool:
-    """Whether its noise alone makes the class stand out: planted triggers say nothing of that."""
+def _stands_out_by_noise(outcomes: Sequence[Outcome], policy: VerdictPolicy) -> bool:
+    """Whether a class stands out by the noise that it needs: planted triggers say nothing of that."""
     noise = class_measurements(outcomes).get("neuron_noise")
-    ratio = noise.ratios[found.trigger.target_class] if noise else 0.0
-    return ratio > 0 and math.log(ratio) / NOISE_SPREAD >= policy.clear_outlier
+    return noise is not None and float(noise_outliers(np.array(noise.ratios)).max()) >= policy.clear_outlier
 
 
 def _blind_spots(canaries: PowerCheck | None) -> tuple[str, ...]:
@@ -327,14 +328,15 @@ def _measurements(outcomes: Sequence[Outcome]) -> list[Measurement]:
 
 
 def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, ClassMeasurement]) -> str:
-    if not math.isfinite(found.outlier):
-        return "No trigger was found for any class."
     ratios = {check: measured.ratios[found.trigger.target_class] for check, measured in of_classes.items()}
     margin = noise = ""
     if "maximum_margin" in ratios:
         margin = f"; its largest margin is {ratios['maximum_margin']:.1f} times the largest other class's"
     if "neuron_noise" in ratios:
         noise = f"; any other class needs at least {ratios['neuron_noise']:.1f} times the noise in the weights"
+    if not found.is_compared:
+        by_noise = f" Class '{class_name}' stands out by {found.outlier:.1f} deviations{noise}." if found.outlier > 0 else ""
+        return f"No trigger was found for the most conspicuous class.{by_noise}"
     return (
         f"The most conspicuous recovered trigger sends {_percent(found.success)} of held-out images to class '{class_name}' by "
         f"changing {found.trigger.size:.1f} pixels ({found.trigger.family}), where other classes need {found.size_ratio:.1f} "

@@ -103,7 +103,7 @@ class Standard:
     Attributes:
         size_ratio: how many times smaller than the others' its trigger must at least be.
         attack_success: that the recovered trigger must at least have, in [0, 1].
-        rival: the most conspicuous of the model's own classes, which is searched in every copy too.
+        rival: the model's own class of the smallest trigger, which is searched in every copy too.
     """
 
     size_ratio: float
@@ -113,9 +113,10 @@ class Standard:
     @staticmethod
     def of(own: TriggerSearch, policy: VerdictPolicy) -> Standard:
         """For copies of a model whose own classes were searched."""
-        most = max((found.size_ratio for found in own.candidates), default=1.0)
-        rival = own.most_suspicious.trigger.target_class if own.candidates else None
-        return Standard(_APART * max(most, 1.0), policy.minimum_attack_success, rival)
+        smallest = max(own.candidates, key=lambda found: found.size_ratio, default=None)
+        if smallest is None:
+            return Standard(_APART, policy.minimum_attack_success)
+        return Standard(_APART * max(smallest.size_ratio, 1.0), policy.minimum_attack_success, smallest.trigger.target_class)
 
 
 def check_power(

@@ -1,18 +1,20 @@
 """Neuron noise: how little the channels' weights must change until the model sees a class in every image.
 
 Each row of each weight tensor (the weights of one output channel, a bias, a scale) is multiplied by 1 + d. For each class t the
-mean log probability of t over clean images of other classes is raised by steepest ascent over d, along which the length of d (l2,
-all rows together) grows; noted is the length at which the mean margin f_t(x) - max over s != t of f_s(x) reaches the median of
-that of the model's answers to clean images. A backdoor is a shortcut in the weights, whatever its trigger looks like, and a
-little noise opens it for every image (Wu and Wang 2021, *Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting Backdoors
-Activated by Adversarial Neuron Noise*). So warped and blended triggers are seen that no small patch imitates.
+mean log probability of t over clean images of other classes is raised by steepest ascent over d, in steps along the gradient
+whose lengths (l2, all rows together) add up; noted is the sum at which the mean margin f_t(x) - max over s != t of f_s(x) reaches
+the median of that of the model's answers to clean images. A backdoor is a
+shortcut in the weights, whatever its trigger looks like, and a little noise opens it for every image (Wu and Wang 2021,
+*Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting Backdoors Activated by Adversarial Neuron Noise*). So warped and
+blended triggers are seen that no small patch imitates.
 
 What we do differently from the papers, and why:
 
 * noise is sought for each class instead of against all labels at once, so that classes can be compared with each other:
   untargeted noise ends in some one class of every model, clean ones too;
-* noise is relative to the weights and its length is l2 over all rows, instead of bounded row by row: only the shortest way tells
+* noise is relative to the weights and measured in l2 over all rows, instead of bounded row by row: only the shortest way tells
   a shortcut from brute force (docs/decisions/0008 has both);
+* a row is what the first axis of a stored weight counts: output channels in torch, but inputs in some ONNX layouts;
 * the mask over features that BAN adds is left out.
 """
 
@@ -38,6 +40,7 @@ from audit_plugin.types import FitSplit, FloatArray
 
 _LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
 _FEWEST_REACHED = 3
+_FEWEST_IMAGES = 5  # of other classes
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class NeuronNoise(ClassMeasure):
     """The measure.
 
     Attributes:
-        images: of the fit split, at random, that the noise must move; those of the class itself are left out.
+        images: of the fit split, at random; of them the noise must move those that neither belong to the class nor are
+            predicted as it.
     """
 
     name: ClassVar[str] = "neuron_noise"
@@ -55,7 +59,8 @@ class NeuronNoise(ClassMeasure):
         """One over the length of the noise that each class needs, (classes,); zero where the longest, 7.3, does not do.
 
         Raises:
-            InapplicableError: the model gives no gradients, has no weights, or noise reaches fewer than three classes.
+            InapplicableError: the model gives no gradients or has no weights, there are fewer than five images of other classes,
+                or noise reaches fewer than three classes.
         """
         device, module = compute_device(), subject.trainable_copy()
         chosen = rng.permutation(len(fit_split))[: self.images]
@@ -70,8 +75,12 @@ class NeuronNoise(ClassMeasure):
         found = np.zeros(len(classes))
         for place, target in enumerate(classes):
             others = pixels[(labels != target) & (answers != target)]
-            if len(others):
-                found[place] = 1 / _needed(_ascent(module, weights, others, target), wanted)
+            if len(others) < _FEWEST_IMAGES:
+                raise InapplicableError(
+                    f"Only {len(others)} of {len(pixels)} images belong to other classes than {target} and are seen as such, and "
+                    f"at least {_FEWEST_IMAGES} are needed."
+                )
+            found[place] = 1 / _needed(_ascent(module, weights, others, target), wanted)
         if (found > 0).sum() < _FEWEST_REACHED:
             raise InapplicableError(
                 f"Noise in the weights makes the model see only {(found > 0).sum()} of {len(found)} classes, too few to compare. "
@@ -98,20 +107,22 @@ def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:
 
 
 def _ascent(module: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor, target: int) -> Iterator[tuple[float, float]]:
-    """Length of the noise and the mean margin of ``target`` over the images, from no noise to the longest."""
+    """Length of the path to the noise and the mean margin of ``target`` over the images, from no noise to the longest."""
     noise = {name: torch.zeros(len(weight), *[1] * (weight.ndim - 1), device=pixels.device) for name, weight in weights.items()}
     targets = torch.full((len(pixels),), target, device=pixels.device)
     for length, longer in itertools.pairwise((*_LENGTHS, math.inf)):
         for row in noise.values():
             row.requires_grad_(True)
         with fast_precision(pixels.device):
-            noisy = {name: weight * (1 + noise[name]) for name, weight in weights.items()}
+            noisy = {name: (weight * (1 + noise[name])).to(weight.dtype) for name, weight in weights.items()}
             logits = functional_call(module, noisy, (pixels,))[-1].float()
         yield length, float(_margins(logits.detach(), targets).mean())
+        if math.isinf(longer) or not logits.requires_grad:
+            return
         objective = logits.log_softmax(dim=1)[:, target].mean()
         gradients = torch.autograd.grad(objective, list(noise.values()), allow_unused=True, materialize_grads=True)
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
-        if math.isinf(longer) or not 0 < norm < math.inf:
+        if not 0 < norm < math.inf:
             return
         noise = {
             name: row.detach() + (longer - length) / norm * gradient

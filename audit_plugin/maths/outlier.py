@@ -40,8 +40,7 @@ def class_outliers(
       (log of :func:`size_ratios` + log of the margins' :func:`others_ratios`) / :data:`USUAL_SPREAD`. The two are measured
       independently, one on images and one without any; a backdoor moves both. A margin counts at most as much as the trigger:
       it is easily faked.
-    * How little noise in the weights it needs: log of that measure's :func:`others_ratios` / :data:`NOISE_SPREAD`. Triggers that
-      are not small are seen by this alone.
+    * How little noise in the weights it needs: :func:`noise_outliers`. Triggers that are not small are seen by this alone.
 
     Args:
         sizes: (classes,), positive; infinite where no trigger was found.
@@ -58,8 +57,13 @@ def class_outliers(
             logs = logs + np.minimum(_logs(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
         outliers = np.maximum(outliers, logs / USUAL_SPREAD)
     if relative_noise is not None:
-        outliers = np.maximum(outliers, _logs(relative_noise) / NOISE_SPREAD)
+        outliers = np.maximum(outliers, noise_outliers(relative_noise))
     return outliers
+
+
+def noise_outliers(relative_noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far each class stands out by the noise that it needs: log of the :func:`others_ratios` / :data:`NOISE_SPREAD`."""
+    return _logs(relative_noise) / NOISE_SPREAD
 
 
 def _logs(ratios: NDArray[np.float64]) -> NDArray[np.float64]:

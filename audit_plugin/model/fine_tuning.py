@@ -20,7 +20,7 @@ def compute_device() -> torch.device:
 
 
 def fast_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 where the hardware multiplies in it, else float32; for training and searching, never for a reported score."""
+    """bfloat16 where the hardware multiplies in it, else float32; for training, searching and ascents, never for scores."""
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -69,7 +69,9 @@ class Subject:
         for parameter in copied.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         if not any(parameter.requires_grad for parameter in copied.parameters()):
-            raise InapplicableError("This check fine-tunes a copy of the model, and the model stores no trainable weights.")
+            raise InapplicableError(
+                "This check changes the weights of a copy of the model, and the model stores no trainable weights."
+            )
         return copied
 
     def retrained(self, module: nn.Module) -> Subject:

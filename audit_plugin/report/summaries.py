@@ -149,7 +149,7 @@ def headline_trigger(report: AuditReport) -> TriggerEvidence | None:
         for candidate in search.candidates
         if suspected is None or candidate.trigger.target_class == suspected
     ]
-    return max(candidates, key=lambda candidate: _ranked(candidate.outlier, candidate.success.value), default=None)
+    return max(candidates, key=lambda candidate: candidate.suspicion, default=None)
 
 
 def families(search: TriggerSearch) -> tuple[tuple[TriggerFamily, tuple[TriggerEvidence, ...]], ...]:
@@ -162,7 +162,7 @@ def families(search: TriggerSearch) -> tuple[tuple[TriggerFamily, tuple[TriggerE
 
 def by_suspicion(candidates: Sequence[TriggerEvidence]) -> tuple[TriggerEvidence, ...]:
     """The candidates, most outlying first; ones whose outlier is no number come last."""
-    return tuple(sorted(candidates, key=lambda candidate: _ranked(candidate.outlier, -candidate.trigger.size), reverse=True))
+    return tuple(sorted(candidates, key=lambda candidate: candidate.suspicion, reverse=True))
 
 
 def trigger_pictures(report: AuditReport) -> tuple[tuple[str, TriggerEvidence], ...]:
@@ -214,7 +214,3 @@ def _edges(low: float, high: float, bins: int) -> NDArray[np.float64]:
 def _counts(scores: FloatArray, edges: NDArray[np.float64]) -> tuple[int, ...]:
     counts, _ = np.histogram(np.clip(_finite(scores), edges[0], edges[-1]), bins=edges)
     return tuple(int(count) for count in counts)
-
-
-def _ranked(*values: float) -> tuple[float, ...]:
-    return tuple(-math.inf if math.isnan(value) else value for value in values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from audit_plugin.checks import NeuronNoise
+from audit_plugin.checks import NeuronNoise, neuron_noise
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.outlier import class_outliers, others_ratios
 from audit_plugin.maths.pixels import to_pixels
@@ -38,6 +39,17 @@ class Rounded(Shallow):
 
     def forward(self, pixels):
         return super().forward(pixels).round()
+
+
+class InHalf(nn.Module):
+    """A network that stores its weights in half precision, as exported graphs may."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels):
+        return tuple(value.float() for value in self.network(pixels.half()))
 
 
 class Shortcut(nn.Module):
@@ -96,7 +108,9 @@ def needed(weights: np.ndarray, pixels: np.ndarray, labels: np.ndarray, target: 
 @pytest.fixture
 def linear():
     rng = np.random.default_rng(3)
-    return rng.normal(size=(CLASSES, SIZE * SIZE)), images(rng.integers(CLASSES, size=60), rng)
+    weights = rng.uniform(size=(CLASSES, SIZE * SIZE)) ** 8
+    weights /= weights.mean(axis=1, keepdims=True)  # else one class is the answer to nearly all images
+    return weights, images(rng.integers(CLASSES, size=60), rng)
 
 
 def test_noise_equals_steepest_ascent_in_numpy(make_subject, linear):
@@ -151,3 +165,21 @@ def test_a_model_whose_weights_move_nothing_is_inapplicable(make_subject, linear
     weights, split = linear
     with pytest.raises(InapplicableError, match="see only 0 of 5 classes"):
         NeuronNoise().measure(make_subject(Rounded(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0))
+
+
+def test_with_too_few_images_of_other_classes_nothing_is_measured(make_subject, linear):
+    weights, split = linear
+    few = FitSplit(split.images, np.where(np.arange(60) < 57, 2, split.labels))
+    with pytest.raises(InapplicableError, match=r"Only \d of 60 images belong to other classes than 2 .* at least 5"):
+        NeuronNoise(images=60).measure(make_subject(Shallow(weights), 1, SIZE), few, [2], np.random.default_rng(0))
+
+
+def test_half_precision_weights_are_measured_where_the_machine_has_no_bfloat16(make_subject, linear, monkeypatch):
+    weights, split = linear
+    subject = make_subject(Shallow(weights), 1, SIZE)
+    plain = NeuronNoise(images=60).measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    monkeypatch.setattr(neuron_noise, "fast_precision", lambda device: contextlib.nullcontext())
+    half = subject.trainable_copy().half()
+    monkeypatch.setattr(type(subject), "trainable_copy", lambda self: InHalf(half))
+    found = NeuronNoise(images=60).measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    np.testing.assert_allclose(found, plain, rtol=TOLERANCE)

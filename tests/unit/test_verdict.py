@@ -274,9 +274,12 @@ def test_between_the_thresholds_canaries_decide_that_stand_out_more(standing, ou
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.9, Verdict.PASS), (1.95, Verdict.INCONCLUSIVE)])
-def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(ratio, expected):
-    """1.95 is 3.04 deviations: log(1.95) / 0.22."""
-    noise = ClassMeasurement((1.0,) * 3 + (ratio,) + (1.0,) * 6, (1 / ratio,) * 3 + (ratio,) + (1 / ratio,) * 6)
+@pytest.mark.parametrize("label", [3, 5])
+def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(label, ratio, expected):
+    """1.95 is 3.04 deviations: log(1.95) / 0.22. Class 3 leads by its trigger, with 3.2."""
+    values = [ratio if index == label else 1.0 for index in range(10)]
+    ratios = [value / (1.0 if index == label else ratio) for index, value in enumerate(values)]
+    noise = ClassMeasurement(tuple(values), tuple(ratios))
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
     decision = decide(
         (search(13), layerwise(), Measured("neuron_noise", noise, 1.0)),
@@ -337,7 +340,9 @@ def test_a_class_that_stands_out_by_noise_alone_does_not_pass_even_without_a_tri
     decision = verdict(found, layerwise())
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert decision.suspected_class == 3
-    assert "trigger-does-not-hold" in {reason.code for reason in decision.reasons}
+    told = {reason.code: reason.message for reason in decision.reasons}
+    assert "trigger-does-not-hold" in told
+    assert told["trigger-size"].startswith("No trigger was found for the most conspicuous class. Class 'd' stands out by 4.0")
 
 
 def test_canaries_save_no_backdoored_model():
