@@ -191,7 +191,6 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     * ``trigger_outlier``: by how much the most conspicuous class stands out, by trigger, margin or noise;
     * ``trigger_smallness``: minus the log of the smallest patch that works, over the log of the image's points;
     * ``margin``: log of the largest margin of a class over the next class's;
-    * ``noise``: log of how much less noise in the weights a class needs than the next;
     * ``detection``: how much more often images with the recovered trigger are flagged than clean ones, averaged over the checks.
 
     Empty without a search; what is not finite is left out.
@@ -212,10 +211,8 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
     if patches:
         smallest = min(candidate.trigger.size for candidate in patches)
         found["trigger_smallness"] = -math.log(max(smallest, 1e-3)) / math.log(patches[0].trigger.mask.size)
-    of_classes = class_measurements(outcomes)
-    for name, check in (("margin", "maximum_margin"), ("noise", "neuron_noise")):
-        if check in of_classes:
-            found[name] = math.log(max(*of_classes[check].ratios, 1.0))
+    if (margins := class_measurements(outcomes).get("maximum_margin")) is not None:
+        found["margin"] = math.log(max(*margins.ratios, 1.0))
     if detections:
         found["detection"] = statistics.fmean(detections)
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}

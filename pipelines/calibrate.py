@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from audit_plugin.calibration import SETTINGS, Reference, ReferencePool, calibrate, check_pool, load_pool
+from audit_plugin.calibration import SETTINGS, Reference, ReferencePool, calibrate, check_pool, find_pool
 from audit_plugin.errors import AuditError, UsageError
 from audit_plugin.policy import Policy, load_policy
 from audit_plugin.report import load
@@ -67,12 +67,12 @@ def pool(
 
 @app.command()
 def compare(
-    pool_file: Annotated[Path, typer.Argument(metavar="POOL", help="A pool.")],
+    pool_name: Annotated[str, typer.Argument(metavar="POOL", help="A pool's .json file, or the name of one that is shipped.")],
     reports: Annotated[list[Path], typer.Argument(help="report.json files.")],
 ) -> None:
     """Where audited models stand in a pool: one line each, the p-value of all statistics together and of each."""
     try:
-        pool = load_pool(pool_file)
+        pool = find_pool(pool_name, Path())
         for path in reports:
             document = load(path)
             found = calibrate(*_measured(document, path), document["policy"], document["tool"]["version"], pool, alpha=0.5)
