@@ -257,7 +257,7 @@ def test_the_standard_lies_a_quarter_beyond_the_models_own_classes():
     assert Standard.of(TriggerSearch((), 200), VerdictPolicy()) == Standard(1.25, 0.8, None)
 
 
-def test_the_models_most_conspicuous_class_is_searched_in_every_copy(subject, splits):
+def test_the_class_of_the_models_smallest_trigger_is_searched_in_every_copy(subject, splits):
     search = Searches()
     standard = dataclasses.replace(STANDARD, rival=6)
     wanted = CanariesPolicy(("patch",), count=2, classes=4)
