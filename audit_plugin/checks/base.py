@@ -100,6 +100,10 @@ class Probe(abc.ABC):
         """
 
 
+FEWEST_CLASSES_REACHED = 3
+"""With fewer classes that a measure reached there is nothing to compare, and it is inapplicable."""
+
+
 class ClassMeasure(abc.ABC):
     """What of the model itself is different for the target class of a backdoor, whatever its trigger."""
 

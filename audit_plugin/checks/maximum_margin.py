@@ -24,15 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from audit_plugin.checks.base import ClassMeasure
+from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure
 from audit_plugin.errors import InapplicableError
-from audit_plugin.model.fine_tuning import compute_device
+from audit_plugin.model.fine_tuning import compute_device, margins
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray
 
 _STEP = 0.01
 _SMALLEST_CHANGE = 1e-5
-_FEWEST_REACHED = 3
 _MOST_IMAGES = 2048  # that go through the network at once
 
 
@@ -66,7 +65,7 @@ class MaximumMargin(ClassMeasure):
         finally:
             module.to("cpu")
         reached = int((found > 0).sum())
-        if reached < _FEWEST_REACHED:
+        if reached < FEWEST_CLASSES_REACHED:
             raise InapplicableError(
                 f"Gradient ascent found images of only {reached} of {len(found)} classes, too few to compare margins. A model "
                 "that hides its gradients, or whose logits differ by very little, ends here."
@@ -75,21 +74,19 @@ class MaximumMargin(ClassMeasure):
 
     def _ascend(self, module: nn.Module, start: Tensor, targets: Tensor) -> FloatArray:
         images = start.repeat(len(targets), 1, 1, 1).requires_grad_(True)
-        wanted = targets.repeat_interleave(len(start))[:, None]
+        wanted = targets.repeat_interleave(len(start))
         last = torch.full((len(targets),), torch.inf, device=start.device)
         running = torch.ones(len(targets), dtype=torch.bool, device=start.device)
         largest = torch.zeros(len(targets), device=start.device)
         for _ in range(self.steps):
-            logits = module(images.clamp(0, 1))[-1]
-            others = logits.scatter(1, wanted, -torch.inf).amax(dim=1)
-            margins = (logits.gather(1, wanted)[:, 0] - others).view(len(targets), -1)
-            totals = margins.detach().sum(dim=1)
-            largest = torch.where(running, margins.detach().amax(dim=1), largest)
+            reached = margins(module(images.clamp(0, 1))[-1], wanted).view(len(targets), -1)
+            totals = reached.detach().sum(dim=1)
+            largest = torch.where(running, reached.detach().amax(dim=1), largest)
             running &= ~((totals - last).abs() < _SMALLEST_CHANGE * last.abs())
             if not running.any():
                 break
             last = totals
-            (gradient,) = torch.autograd.grad(margins.sum(), images)
+            (gradient,) = torch.autograd.grad(reached.sum(), images)
             with torch.no_grad():
                 images += _STEP * gradient
         found: FloatArray = largest.float().cpu().numpy()

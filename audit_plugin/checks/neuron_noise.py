@@ -3,10 +3,9 @@
 Each row of each weight tensor (the weights of one output channel, a bias, a scale) is multiplied by 1 + d. For each class t the
 mean log probability of t over clean images of other classes is raised by steepest ascent over d, in steps along the gradient
 whose lengths (l2, all rows together) add up; noted is the sum at which the mean margin f_t(x) - max over s != t of f_s(x) reaches
-the median of that of the model's answers to clean images. A backdoor is a
-shortcut in the weights, whatever its trigger looks like, and a little noise opens it for every image (Wu and Wang 2021,
-*Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting Backdoors Activated by Adversarial Neuron Noise*). So warped and
-blended triggers are seen that no small patch imitates.
+the median of that of the model's answers to clean images. A backdoor is a shortcut in the weights, whatever its trigger looks
+like, and a little noise opens it for every image (Wu and Wang 2021, *Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting
+Backdoors Activated by Adversarial Neuron Noise*). So warped and blended triggers are seen that no small patch imitates.
 
 What we do differently from the papers, and why:
 
@@ -31,15 +30,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from audit_plugin.checks.base import ClassMeasure
+from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.fine_tuning import compute_device, fast_precision
+from audit_plugin.model.fine_tuning import compute_device, fast_precision, margins
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray
 
 _LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
-_FEWEST_REACHED = 3
 _FEWEST_IMAGES = 5  # of other classes
 
 
@@ -71,7 +69,7 @@ class NeuronNoise(ClassMeasure):
         with torch.no_grad():
             logits = module(pixels)[-1].float()
         answers = logits.argmax(dim=1)
-        wanted = float(_margins(logits, answers).median())
+        wanted = float(margins(logits, answers).median())
         found = np.zeros(len(classes))
         for place, target in enumerate(classes):
             others = pixels[(labels != target) & (answers != target)]
@@ -81,17 +79,12 @@ class NeuronNoise(ClassMeasure):
                     f"at least {_FEWEST_IMAGES} are needed."
                 )
             found[place] = 1 / _needed(_ascent(module, weights, others, target), wanted)
-        if (found > 0).sum() < _FEWEST_REACHED:
+        if (found > 0).sum() < FEWEST_CLASSES_REACHED:
             raise InapplicableError(
                 f"Noise in the weights makes the model see only {(found > 0).sum()} of {len(found)} classes, too few to compare. "
                 "A model that hides its gradients ends here."
             )
         return found.astype(np.float32)
-
-
-def _margins(logits: Tensor, targets: Tensor) -> Tensor:
-    others = logits.scatter(1, targets[:, None], -torch.inf).amax(dim=1)
-    return logits.gather(1, targets[:, None])[:, 0] - others
 
 
 def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:
@@ -116,7 +109,7 @@ def _ascent(module: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor, ta
         with fast_precision(pixels.device):
             noisy = {name: (weight * (1 + noise[name])).to(weight.dtype) for name, weight in weights.items()}
             logits = functional_call(module, noisy, (pixels,))[-1].float()
-        yield length, float(_margins(logits.detach(), targets).mean())
+        yield length, float(margins(logits.detach(), targets).mean())
         if math.isinf(longer) or not logits.requires_grad:
             return
         objective = logits.log_softmax(dim=1)[:, target].mean()

@@ -83,6 +83,12 @@ def take_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
+def margins(logits: Tensor, targets: Tensor) -> Tensor:
+    """By how much the logits (N, classes) of the targets (N,) exceed the largest of the other classes, (N,)."""
+    others = logits.scatter(1, targets[:, None], -torch.inf).amax(dim=1)
+    return logits.gather(1, targets[:, None])[:, 0] - others
+
+
 def distillation_loss(logits: Tensor, original: Tensor) -> Tensor:
     """Divergence of a copy's answers from the original's, both logits (N, classes), at temperature 2, summed over the images."""
     reached, wanted = (logits / _TEMPERATURE).log_softmax(dim=1), (original / _TEMPERATURE).softmax(dim=1)

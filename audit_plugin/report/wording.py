@@ -231,14 +231,13 @@ def not_measured(report: AuditReport) -> tuple[NotMeasured, ...]:
 
 def class_words(report: AuditReport, check: str, measured: ClassMeasurement) -> str:
     """'class "7" (7) reaches the largest margin, 3.2 times the next class's'."""
-    found, noise = measured.most_suspicious, check == "neuron_noise"
-    if measured.values[found] <= 0:
-        return "no noise makes the model see a class" if noise else "no class reaches a positive margin"
-    label, ratio = class_label(report, found), decimal(measured.ratios[found])
+    found = measured.most_suspicious
+    label, ratio, reached = class_label(report, found), decimal(measured.ratios[found]), measured.values[found] > 0
+    if check == "neuron_noise":
+        told = f"{label} needs the least noise, the next class {ratio} times as much"
+        return told if reached else "no noise makes the model see a class"
     return (
-        f"{label} needs the least noise, the next class {ratio} times as much"
-        if noise
-        else (f"{label} reaches the largest margin, {ratio} times the next class's")
+        f"{label} reaches the largest margin, {ratio} times the next class's" if reached else "no class reaches a positive margin"
     )
 
 

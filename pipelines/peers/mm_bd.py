@@ -41,9 +41,8 @@ class MaximumMarginDetection:
         """``score`` is -log10 of the p-value, ``by_class`` the largest margins; the clean images are not looked at."""
         started = time.perf_counter()
         measure = MaximumMargin(self.starts, self.steps)
-        margins = measure.measure(subject, FitSplit(clean.images, clean.labels), range(subject.class_count), rng).astype(
-            np.float64
-        )
+        unused = FitSplit(clean.images, clean.labels)
+        margins = measure.measure(subject, unused, range(subject.class_count), rng).astype(np.float64)
         p = p_value(margins)
         seconds = time.perf_counter() - started
         score = -math.log10(max(p, _SMALLEST_P))

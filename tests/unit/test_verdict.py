@@ -222,9 +222,9 @@ def canary(family: str, standing: str) -> CanaryResult:
     return CanaryResult(family, 3, planted, found, *rates, 4.0, 4.9, 30.0, reason)  # type: ignore[arg-type]
 
 
-def with_canaries(power, *required, smallest=39.0, detected=2):
-    outcomes = (search(smallest), layerwise(detected=detected))
-    return decide(outcomes, GOOD, NAMES, VerdictPolicy(), REQUIRED, canaries=power, required_canaries=required)
+def with_canaries(power, *required, smallest=39.0, detected=2, beside=(), calibration=None, **thresholds):
+    outcomes, policy = (search(smallest), layerwise(detected=detected), *beside), VerdictPolicy(**thresholds)
+    return decide(outcomes, GOOD, NAMES, policy, REQUIRED, canaries=power, required_canaries=required, calibration=calibration)
 
 
 def test_a_pass_with_canaries_names_what_was_not_found_as_a_blind_spot():
@@ -281,40 +281,20 @@ def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(label, r
     ratios = [value / (1.0 if index == label else ratio) for index, value in enumerate(values)]
     noise = ClassMeasurement(tuple(values), tuple(ratios))
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
-    decision = decide(
-        (search(13), layerwise(), Measured("neuron_noise", noise, 1.0)),
-        GOOD,
-        NAMES,
-        VerdictPolicy(),
-        REQUIRED,
-        canaries=power,
-        required_canaries=("patch",),
-    )
+    decision = with_canaries(power, "patch", smallest=13, detected=90, beside=[Measured("neuron_noise", noise, 1.0)])
     assert decision.verdict is expected
 
 
 def test_a_stricter_failure_is_no_laxer_pass():
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=3.2),))
-    outcomes = (search(12), layerwise())
     assert 3.2 < search(12).measurement.most_suspicious.outlier < 3.9
-    decision = decide(
-        outcomes, GOOD, NAMES, VerdictPolicy(minimum_outlier=4.0), REQUIRED, canaries=power, required_canaries=("patch",)
-    )
+    decision = with_canaries(power, "patch", smallest=12, detected=90, minimum_outlier=4.0)
     assert decision.verdict is Verdict.INCONCLUSIVE
 
 
 def test_a_pool_outvotes_canaries_between_the_thresholds():
     power = PowerCheck((canary("patch", "found"),))
-    decision = decide(
-        (search(13), layerwise()),
-        GOOD,
-        NAMES,
-        VerdictPolicy(),
-        REQUIRED,
-        canaries=power,
-        required_canaries=("patch",),
-        calibration=among(0.04),
-    )
+    decision = with_canaries(power, "patch", smallest=13, detected=90, calibration=among(0.04))
     assert decision.verdict is Verdict.FAIL
 
 
