@@ -28,9 +28,10 @@ from audit_plugin.checks import (
     Probe,
     SourceSpecificInversion,
     TriggerInversion,
+    WaveScan,
 )
 from audit_plugin.checks.canaries import Standard, check_power
-from audit_plugin.checks.measurement import measure_classes, measure_probe, measure_scorer, run_check, victims
+from audit_plugin.checks.measurement import measure_classes, measure_probe, measure_scorer, measure_waves, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
 from audit_plugin.errors import InapplicableError, UsageError, nearest
@@ -124,8 +125,8 @@ def audit(
     with clock.stage("Measuring the clean accuracy"):
         clean_set = _measure_clean_set(subject, prepared.clean, splits, str(clean), policy)
 
-    measures, probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
-    required = [*(measure.name for measure in measures), probe.name, *(scorer.name for scorer in scorers)]
+    measures, waves, probe, pair_probe, scorers = checks_of(policy, subject.class_count, clock.advance)
+    required = [*(measure.name for measure in measures), waves.name, probe.name, *(scorer.name for scorer in scorers)]
     examples: ExampleImages | None = None
     suspect_scores: tuple[SuspectScore, ...] = ()
     canaries: PowerCheck | None = None
@@ -135,7 +136,7 @@ def audit(
     else:
         rng = np.random.default_rng(seed)
         with clock.stage("Searching for triggers"):
-            outcomes += search_classes(measures, probe, subject, splits, rng, policy)
+            outcomes += search_classes(measures, waves, probe, subject, splits, rng, policy)
         search = trigger_search(outcomes)
         stands_out = search is not None and search.most_suspicious.outlier >= policy.verdict.minimum_outlier
         if not stands_out:  # else pairs have nothing to add
@@ -201,13 +202,14 @@ def audit(
 
 def checks_of(
     policy: Policy, class_count: int, advance: Callable[[float], None]
-) -> tuple[list[ClassMeasure], TriggerInversion, Probe, list[InputScorer]]:
+) -> tuple[list[ClassMeasure], WaveScan, TriggerInversion, Probe, list[InputScorer]]:
     """The checks that a policy asks for, configured."""
     search = policy.trigger_inversion
     measures: list[ClassMeasure] = [
         MaximumMargin(policy.maximum_margin.starts, policy.maximum_margin.steps),
         NeuronNoise(policy.neuron_noise.images),
     ]
+    waves = WaveScan(policy.wave_scan.amplitude, policy.wave_scan.frequencies, policy.wave_scan.images)
     probe = TriggerInversion(
         steps=search.steps,
         images_per_step=min(search.images_per_step, max(_STAMPED_IMAGES_PER_STEP // class_count, _FEWEST_IMAGES_PER_STEP)),
@@ -223,7 +225,7 @@ def checks_of(
         maximum_classes=pairs.maximum_classes,
         progress=advance,
     )
-    return measures, probe, pair_probe, scorers_of(policy)
+    return measures, waves, probe, pair_probe, scorers_of(policy)
 
 
 def scorers_of(policy: Policy) -> list[InputScorer]:
@@ -251,19 +253,21 @@ def scorers_of(policy: Policy) -> list[InputScorer]:
 
 def search_classes(
     measures: Sequence[ClassMeasure],
+    waves: WaveScan,
     probe: TriggerInversion,
     subject: Subject,
     splits: Splits,
     rng: np.random.Generator,
     policy: Policy,
 ) -> list[Outcome]:
-    """How surely each class can be reached at all, by how little noise in the weights, and by how small a trigger."""
+    """How surely each class can be reached at all, and by a wave, by how little noise in the weights, by how small a trigger."""
     search = policy.trigger_inversion
     count = min(subject.class_count, search.maximum_classes)
     of_classes = [
         run_check(measure.name, functools.partial(measure_classes, measure, subject, splits.fit, count, rng))
         for measure in measures
     ]
+    by_waves = run_check(waves.name, lambda: measure_waves(waves, subject, splits, rng))
     found = run_check(
         probe.name,
         lambda: measure_probe(
@@ -276,7 +280,7 @@ def search_classes(
             measured=class_measurements(of_classes),
         ),
     )
-    return [*of_classes, found]
+    return [*of_classes, by_waves, found]
 
 
 def _search_pairs(probe: Probe, subject: Subject, splits: Splits, rng: np.random.Generator, policy: Policy) -> TriggerSearch:

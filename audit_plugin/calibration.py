@@ -45,7 +45,17 @@ from audit_plugin.types import (
 TRAITS = ("classes", "channels", "height", "width", "clean_accuracy", "log_parameters", "log_patch_size", "log_additive_size")
 """What is measured of whether two models can be compared; the first four must be the same, the others near the pool's own."""
 
-SETTINGS = ("clean_set", "scoring", "layerwise", "bad_expert", "beniful", "trigger_inversion", "maximum_margin", "neuron_noise")
+SETTINGS = (
+    "clean_set",
+    "scoring",
+    "layerwise",
+    "bad_expert",
+    "beniful",
+    "trigger_inversion",
+    "maximum_margin",
+    "neuron_noise",
+    "wave_scan",
+)
 """Sections of the policy that change what is measured; those of a pool and of an audit must be the same."""
 
 FEWEST_REFERENCES = 9  # below, not even one in ten can be told

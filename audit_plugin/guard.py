@@ -216,8 +216,8 @@ def _most_suspicious(
     subject: Subject, splits: Splits, policy: Policy, seed: int, progress: Progress
 ) -> tuple[TriggerEvidence | None, str]:
     """The recovered class trigger that an audit with this seed would look at; else why there is none."""
-    measures, probe, _, _ = checks_of(policy, subject.class_count, progress.advance)
-    outcomes = search_classes(measures, probe, subject, splits, np.random.default_rng(seed), policy)
+    measures, waves, probe, _, _ = checks_of(policy, subject.class_count, progress.advance)
+    outcomes = search_classes(measures, waves, probe, subject, splits, np.random.default_rng(seed), policy)
     search, outcome = trigger_search(outcomes), outcomes[-1]
     if search is not None:
         return search.most_suspicious, ""

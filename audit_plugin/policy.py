@@ -139,6 +139,15 @@ class NeuronNoisePolicy:
 
 
 @dataclass(frozen=True)
+class WaveScanPolicy:
+    """Which waves are tried; see :class:`audit_plugin.checks.wave_scan.WaveScan`."""
+
+    amplitude: float = 40.0
+    frequencies: int = 6
+    images: int = 64
+
+
+@dataclass(frozen=True)
 class SourceSpecificPolicy:
     """Budget of the search over pairs of classes; with more than ``maximum_classes`` classes it is left out."""
 
@@ -242,6 +251,7 @@ class Policy:
     trigger_inversion: TriggerInversionPolicy = field(default_factory=TriggerInversionPolicy)
     maximum_margin: MaximumMarginPolicy = field(default_factory=MaximumMarginPolicy)
     neuron_noise: NeuronNoisePolicy = field(default_factory=NeuronNoisePolicy)
+    wave_scan: WaveScanPolicy = field(default_factory=WaveScanPolicy)
     source_specific: SourceSpecificPolicy = field(default_factory=SourceSpecificPolicy)
     canaries: CanariesPolicy = field(default_factory=CanariesPolicy)
     verdict: VerdictPolicy = field(default_factory=VerdictPolicy)
@@ -399,6 +409,9 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
         "[maximum_margin] starts and steps must be at least 1": policy.maximum_margin.starts >= 1 <= policy.maximum_margin.steps,
         "[neuron_noise] images must be at least 20": policy.neuron_noise.images >= 20,
+        "[wave_scan] amplitude must lie between 0 and 255": 0 < policy.wave_scan.amplitude <= 255,
+        "[wave_scan] frequencies must be at least 1": policy.wave_scan.frequencies >= 1,
+        "[wave_scan] images must be at least 20": policy.wave_scan.images >= 20,
         "[source_specific] steps must be at least 1": policy.source_specific.steps >= 1,
         "[source_specific] images_per_step must lie between 1 and 720": 1 <= policy.source_specific.images_per_step <= 720,
         "[source_specific] maximum_classes must not be negative": policy.source_specific.maximum_classes >= 0,

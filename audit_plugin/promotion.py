@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["number", "text"]
 
-SEARCHES: Mapping[str, str] = {"trigger_inversion": "trigger", "source_specific": "pair_trigger"}
+SEARCHES: Mapping[str, str] = {"wave_scan": "wave", "trigger_inversion": "trigger", "source_specific": "pair_trigger"}
 """The checks that search for triggers, with what the columns of their triggers begin with."""
 CLASS_MEASURES: Mapping[str, str] = {
     "maximum_margin": "The largest margin of a class over the next class's.",

@@ -38,7 +38,7 @@ from audit_plugin.gate import VersionFacts
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.input_spec import is_input_tag
 from audit_plugin.policy import verdict_digest_of
-from audit_plugin.promotion import Promotion
+from audit_plugin.promotion import SEARCHES, Promotion
 from audit_plugin.report.guards import guard_document
 from audit_plugin.report.schema import plain_json
 from audit_plugin.report.text import render_markdown_block
@@ -603,7 +603,7 @@ def metrics_of(report: AuditReport) -> dict[str, float]:
             continue
         if isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates:
             found = outcome.measurement.most_suspicious
-            kind = "pair_trigger" if outcome.measurement.is_source_specific else "trigger"
+            kind = SEARCHES[outcome.check]
             metrics[f"{kind}_outlier"] = found.outlier
             metrics[f"{kind}_size_pixels"] = found.trigger.size
             metrics[f"{kind}_attack_success_rate"] = found.success.value

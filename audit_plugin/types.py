@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,7 +21,7 @@ LabelArray: TypeAlias = NDArray[np.int64]
 
 Flavour = Literal["pt2", "onnx", "state_dict", "pickle"]
 Layout = Literal["NCHW", "NHWC"]
-TriggerFamily = Literal["patch", "additive"]
+TriggerFamily = Literal["patch", "additive", "wave"]
 CanaryFamily = Literal["patch", "blended", "warped"]
 CanaryStanding = Literal["found", "not found", "not planted"]
 PT2_FILE, ONNX_FILE = "model.pt2", "model.onnx"  # what we call the model files that we write
@@ -195,8 +195,9 @@ class Trigger:
     """A candidate trigger in image space: something that can be applied to images, with its size.
 
     A ``patch`` replaces pixels: ``(1 - mask) * pixels + mask * pattern``, ``pattern`` float32 (channels, height, width) in
-    [0, 1]. An ``additive`` one perturbs them: ``clip(pixels + pattern)``, ``pattern`` in [-1, 1]. ``mask`` is
-    float32 (height, width) in [0, 1]; of an additive trigger it is the mean absolute change over the channels.
+    [0, 1]. An ``additive`` one perturbs them: ``clip(pixels + pattern)``, ``pattern`` in [-1, 1], and so does a ``wave``, whose
+    amplitude is given. ``mask`` is float32 (height, width) in [0, 1]; of what is added it is the mean absolute change over the
+    channels.
     ``source_class`` is None when the trigger is meant to work from every class.
     """
 
@@ -211,14 +212,18 @@ class Trigger:
         """L1 norm of the mask, in pixels."""
         return float(self.mask.sum())
 
+    @property
+    def is_added(self) -> bool:
+        """Whether the pattern is added to the pixels, rather than put in their place."""
+        return self.family != "patch"
+
     def stamp(self, images: ImageArray) -> ImageArray:
         """Apply to images uint8 (N, height, width, channels), rounded to what a file can hold; same shape."""
         pixels = images.astype(np.float32) / 255.0
         pattern = self.pattern.transpose(1, 2, 0)
-        if self.family == "additive":
-            stamped = pixels + pattern
-        else:
-            stamped = pixels * (1.0 - self.mask[..., None]) + self.mask[..., None] * pattern
+        kept = 1.0 if self.is_added else 1.0 - self.mask[..., None]
+        painted = pattern if self.is_added else self.mask[..., None] * pattern
+        stamped = pixels * kept + painted
         rounded: ImageArray = np.rint(np.clip(stamped, 0.0, 1.0) * 255.0).astype(np.uint8)
         return rounded
 
@@ -230,8 +235,8 @@ class TriggerEvidence:
     Attributes:
         success: its attack success rate on held-out images of other classes.
         outlier: how many deviations its class stands out by a small trigger, a large margin or little noise in the weights; of a
-            pair of classes, by a trigger smaller than the two let expect.
-        size_ratio: how many times smaller it is than the others of its family usually are; NaN for pairs of classes.
+            pair of classes, by a trigger smaller than the two let expect; of a wave, by how surely it moves images.
+        size_ratio: how many times smaller it is than the others of its family usually are; NaN for pairs of classes and waves.
     """
 
     trigger: Trigger
@@ -410,13 +415,20 @@ def class_measurements(outcomes: Iterable[Outcome]) -> dict[str, ClassMeasuremen
 
 
 def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> TriggerSearch | None:
-    """The first measured search that found candidates, over classes or over pairs of them."""
-    for outcome in outcomes:
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, TriggerSearch):
-            search = outcome.measurement
-            if search.candidates and search.is_source_specific == of_pairs:
-                return search
-    return None
+    """All candidates over classes, or over pairs of them, of every measured search that found some, as one search."""
+    found = [
+        outcome.measurement
+        for outcome in outcomes
+        if isinstance(outcome, Measured)
+        and isinstance(outcome.measurement, TriggerSearch)
+        and outcome.measurement.candidates
+        and outcome.measurement.is_source_specific == of_pairs
+    ]
+    if not found:
+        return None
+    candidates = tuple(candidate for search in found for candidate in search.candidates)
+    skipped = sorted({label for search in found for label in search.classes_skipped})
+    return replace(found[-1], candidates=candidates, classes_skipped=tuple(skipped))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The rule of this release, in words:
 
 * **fail**: one class stands out by at least ``minimum_outlier`` deviations: it needs a trigger so much smaller than the other
   classes do, in either family of triggers, or a smaller one and reaches a larger margin, or so much less noise in the weights
-  (:func:`audit_plugin.maths.outlier.class_outliers`); its trigger moves at least ``minimum_attack_success`` of held-out
+  (:func:`audit_plugin.maths.outlier.class_outliers`), or a wave over the image moves images to it so much more surely
+  (:func:`audit_plugin.maths.outlier.wave_outliers`); its trigger moves at least ``minimum_attack_success`` of held-out
   images, and independent checks see it too: at least ``minimum_confirmations`` of the input scorers that measured (all of them,
   where fewer did) flag at least ``minimum_detection`` of the stamped images, and clearly more of them than of the clean ones
   (their exact intervals are disjoint). This is the backdoor consistency of Li, Zhang and Ma 2024: where the trigger is
@@ -13,7 +14,7 @@ The rule of this release, in words:
   files found no path that a search cannot look behind, all classes were searched, no class comes nearer than
   ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``. Of the canaries that the policy requires, known
   backdoors planted in copies of the model, at least half of those that took were found; between ``clear_outlier`` and
-  ``minimum_outlier`` they must stand out more than the model's own class does, and none stands out by noise.
+  ``minimum_outlier`` they must stand out more than the model's own class does, and none stands out by noise or a wave.
 * **inconclusive**: everything else, with the reason.
 
 With a pool of clean reference models (:mod:`audit_plugin.calibration`), a failure also needs a p-value of at most alpha, a pass
@@ -21,7 +22,7 @@ one above it; between ``clear_outlier`` and ``minimum_outlier`` the p-value deci
 anything of the model keeps it from passing.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
-``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 and 0008 have what clean and backdoored
+``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 to 0009 have what clean and backdoored
 models reached.
 """
 
@@ -60,7 +61,7 @@ NO_CANARIES = (
 )
 BLIND_SPOTS = (
     "Clean-label, warping and sample-specific triggers are seen only as far as a small patch or perturbation imitates them, or a "
-    "little noise in the weights brings them about.",
+    "little noise in the weights brings them about; of waves, those of a few whole periods over the image.",
     NO_CANARIES,
 )
 
@@ -150,7 +151,8 @@ def decide(
     if is_unusual is not None:
         is_usual = not is_unusual
     else:
-        is_usual = not _stands_out_by_noise(outcomes, policy) and _stand_out_more(canaries, required_canaries, found.outlier)
+        by_trigger = found.trigger.family != "wave" and not _stands_out_by_noise(outcomes, policy)
+        is_usual = by_trigger and _stand_out_more(canaries, required_canaries, found.outlier)
     if found.outlier < (policy.minimum_outlier if is_usual else policy.clear_outlier):
         if is_unusual:
             doubts = (*doubts, Reason("unusual-among-clean-models", among))
@@ -161,7 +163,7 @@ def decide(
         if pair and pair.outlier >= policy.doubtful_pair_outlier:
             stands_out = Reason("pair-stands-out", _describe_pair(pair, class_names))
             return conclude(Verdict.INCONCLUSIVE, (stands_out, size), pair.trigger.target_class)
-        why = "No class stands out by its trigger, its margin or the noise in the weights that it needs."
+        why = "No class stands out by its trigger, its margin, the noise in the weights that it needs or a wave."
         if found.outlier >= policy.clear_outlier and is_unusual is None:
             why = "One class stands out a little, and less than the known backdoors that were planted in copies of the model."
         return conclude(Verdict.PASS, (Reason("no-class-stands-out", f"{why} {among}".strip()), size))
@@ -337,6 +339,11 @@ def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, 
     if not found.is_compared:
         by_noise = f" Class '{class_name}' stands out by {found.outlier:.1f} deviations{noise}." if found.outlier > 0 else ""
         return f"No trigger was found for the most conspicuous class.{by_noise}"
+    if found.trigger.family == "wave":
+        return (
+            f"A wave over the image sends {_percent(found.success)} of held-out images to class '{class_name}', more surely than "
+            f"waves reach any other{margin}{noise}. The class stands out by {found.outlier:.1f} deviations."
+        )
     return (
         f"The most conspicuous recovered trigger sends {_percent(found.success)} of held-out images to class '{class_name}' by "
         f"changing {found.trigger.size:.1f} pixels ({found.trigger.family}), where other classes need {found.size_ratio:.1f} "

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -369,8 +370,9 @@ def judgement_of(report: AuditReport) -> Row:
                 "class": found.trigger.target_class,
                 "family": found.trigger.family,
                 "size": found.trigger.size,
-                "size_ratio": found.size_ratio,
+                "size_ratio": None if math.isnan(found.size_ratio) else found.size_ratio,
                 "success": found.success.value,
+                "outlier": max(found.outlier, _NO_TRIGGER),
             }
             for found in classes.candidates
         ],

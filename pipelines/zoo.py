@@ -3,6 +3,7 @@
 python -m pipelines.zoo train zoo/ --data-dir data/                        CIFAR-10, resuming where it stopped
 python -m pipelines.zoo train zoo/ --data-dir data/ --recipe gtsrb-small   German traffic signs
 python -m pipelines.zoo train zoo/ --recipe digits --register              a small one that needs no files, registered in MLflow
+python -m pipelines.zoo train zoo/ --data-dir data/ --round 1              the same models once more, with other seeds and names
 python -m pipelines.zoo register zoo/                                      what is trained, in MLflow
 python -m pipelines.zoo list zoo/ --recipe digits                          what a recipe holds, and what of it is there
 python -m pipelines.zoo picture attacks.png                                what each attack does to an image
@@ -23,13 +24,16 @@ import typer
 from audit_plugin.errors import AuditError, nearest
 from audit_plugin.model.fine_tuning import compute_device
 from pipelines.zoo_models import CARD, figures_of, read_card, train_one
-from pipelines.zoo_recipes import ATTACKS, DATA, RECIPES, Recipe
+from pipelines.zoo_recipes import ATTACKS, DATA, RECIPES, Recipe, repeated
 
 app = typer.Typer(help="The zoo of clean and backdoored models: train it, register it, look at it.", no_args_is_help=True)
 log = logging.getLogger("pipelines.zoo")
 
 _Folder = Annotated[Path, typer.Argument(help="Where the models are, one folder each.")]
 _RecipeName = Annotated[str, typer.Option("--recipe", help=f"Which models: {' or '.join(RECIPES)}.")]
+_Round = Annotated[
+    int, typer.Option("--round", min=0, help="The same models with other seeds and names; 0 is the recipe itself.")
+]
 _TrackingUri = Annotated[str | None, typer.Option(help="MLflow's tracking server; MLFLOW_TRACKING_URI if not given.")]
 
 
@@ -42,6 +46,7 @@ def _group() -> None:
 def train_zoo(
     folder: _Folder,
     recipe: _RecipeName = "cifar10-small",
+    round_: _Round = 0,
     data_dir: Annotated[Path, typer.Option(help="Images as .npz files, or where torchvision puts them.")] = Path("data"),
     epochs: Annotated[int, typer.Option(min=1, help="Passes over CIFAR-10's training images; as many steps on other data.")] = 12,
     width: Annotated[int, typer.Option(min=4, help="Channels of the network's first stage.")] = 16,
@@ -52,7 +57,7 @@ def train_zoo(
 ) -> None:
     """Train every model that is not there yet; each is saved with a card: attack, seed, accuracy, attack success rate."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipes = _recipes(recipe)
+    recipes = _recipes(recipe, round_)
     names = [entry.name for entry in recipes]
     if unknown := sorted(set(only or ()) - set(names)):
         raise typer.BadParameter(f"no model is named {', '.join(unknown)}; there are {', '.join(names)}", param_hint="--only")
@@ -100,9 +105,10 @@ def register_zoo(folder: _Folder, tracking_uri: _TrackingUri = None) -> None:
 def list_zoo(
     folder: Annotated[Path | None, typer.Argument(help="Where models are trained; shows which are there.")] = None,
     recipe: _RecipeName = "cifar10-small",
+    round_: _Round = 0,
 ) -> None:
     """The models of a recipe: name, attack, architecture, seed, settings; accuracy and attack success rate of those in FOLDER."""
-    recipes, trained = _recipes(recipe), 0
+    recipes, trained = _recipes(recipe, round_), 0
     for entry in recipes:
         attack = type(entry.attack).__name__ if entry.attack else entry.hardness or "clean"
         settings = dataclasses.asdict(entry.attack) if entry.attack else {}
@@ -131,10 +137,10 @@ def draw_attacks(file: Annotated[Path, typer.Argument(help="A .png file, made an
         raise typer.BadParameter(f"'{file}' cannot be written ({error.strerror}).", param_hint="FILE") from error
 
 
-def _recipes(name: str) -> tuple[Recipe, ...]:
+def _recipes(name: str, round_: int) -> tuple[Recipe, ...]:
     if name not in RECIPES:
         raise typer.BadParameter(f"no recipe is named {name}.{nearest(name, RECIPES)}", param_hint="--recipe")
-    return RECIPES[name]()
+    return repeated(RECIPES[name](), round_)
 
 
 def _device(name: str | None) -> torch.device:

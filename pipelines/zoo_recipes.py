@@ -94,6 +94,7 @@ ATTACKS: Mapping[str, Callable[[int, int], Attack]] = {
 """The attacks of the small recipes, by target class and number of classes: docs/decisions/zoo-attack-settings.md says why so."""
 
 SMALL_ARCHITECTURES = ("resnet18", "vgg", "cnn")
+_SEEDS_OF_A_ROUND = 1000  # more than any recipe's seed
 _HARDNESSES: tuple[Hardness, ...] = ("imbalanced", "long", "no_weight_decay", "adversarial")
 
 
@@ -143,6 +144,14 @@ def digits_references() -> tuple[Recipe, ...]:
         for index in range(12)
         for place, architecture in enumerate(("cnn", "vgg"))
     )
+
+
+def repeated(recipes: Sequence[Recipe], round_: int) -> tuple[Recipe, ...]:
+    """The same models with other seeds and names, for every ``round_`` from 1; round 0 is the recipes as they are."""
+    if round_ == 0:
+        return tuple(recipes)
+    shift = round_ * _SEEDS_OF_A_ROUND
+    return tuple(dataclasses.replace(entry, name=f"{entry.name}_round{round_}", seed=entry.seed + shift) for entry in recipes)
 
 
 def _in_turns(

@@ -11,5 +11,6 @@ FAST: Mapping[str, Mapping[str, Any]] = {
     "source_specific": {"maximum_classes": 0},
     "maximum_margin": {"starts": 2, "steps": 20},
     "neuron_noise": {"images": 20},
+    "wave_scan": {"frequencies": 1, "images": 20},
     "canaries": {"families": []},
 }

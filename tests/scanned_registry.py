@@ -50,6 +50,10 @@ steps = 30
 [neuron_noise]
 images = 20
 
+[wave_scan]
+frequencies = 1
+images = 20
+
 [canaries]
 families = []
 

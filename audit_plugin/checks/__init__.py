@@ -9,8 +9,9 @@ from audit_plugin.checks.maximum_margin import MaximumMargin
 from audit_plugin.checks.neuron_noise import NeuronNoise
 from audit_plugin.checks.source_specific import SourceSpecificInversion
 from audit_plugin.checks.trigger_inversion import TriggerInversion
+from audit_plugin.checks.wave_scan import WaveScan
 
-PROBES: tuple[type[Probe], ...] = (TriggerInversion, SourceSpecificInversion)
+PROBES: tuple[type[Probe], ...] = (WaveScan, TriggerInversion, SourceSpecificInversion)
 CLASS_MEASURES: tuple[type[ClassMeasure], ...] = (MaximumMargin, NeuronNoise)
 INPUT_SCORERS: tuple[type[InputScorer], ...] = (LayerwiseScorer, BadExpertScorer, BenifulScorer, ActivationNormScorer)
 
@@ -30,4 +31,5 @@ __all__ = [
     "Probe",
     "SourceSpecificInversion",
     "TriggerInversion",
+    "WaveScan",
 ]

@@ -113,7 +113,8 @@ class Standard:
     @staticmethod
     def of(own: TriggerSearch, policy: VerdictPolicy) -> Standard:
         """For copies of a model whose own classes were searched."""
-        smallest = max(own.candidates, key=lambda found: found.size_ratio, default=None)
+        compared = [found for found in own.candidates if not math.isnan(found.size_ratio)]
+        smallest = max(compared, key=lambda found: found.size_ratio, default=None)
         if smallest is None:
             return Standard(_APART, policy.minimum_attack_success)
         return Standard(_APART * max(smallest.size_ratio, 1.0), policy.minimum_attack_success, smallest.trigger.target_class)

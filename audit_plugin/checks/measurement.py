@@ -13,11 +13,12 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Probe
+from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure, FittedScorer, InputScorer, Probe
 from audit_plugin.checks.maximum_margin import MaximumMargin
 from audit_plugin.checks.neuron_noise import NeuronNoise
+from audit_plugin.checks.wave_scan import WaveScan, sure_margin
 from audit_plugin.errors import AuditError, InapplicableError
-from audit_plugin.maths.outlier import class_outliers, others_ratios, pair_outliers, size_ratios
+from audit_plugin.maths.outlier import class_outliers, others_ratios, pair_outliers, size_ratios, wave_outliers
 from audit_plugin.maths.rates import auroc, quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 
 SMALLEST_SUCCESS = 0.5
 """A candidate that moves fewer held-out images than this is no trigger: its size is not compared with the others'."""
+
+_LEAST_MARGIN = 1e-6  # of a model that answers alike for all classes
 
 BREAKAGES = (AuditError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError)
 """What measuring a hostile or odd model may raise."""
@@ -177,6 +180,33 @@ def measure_classes(
     if found.shape != (count,) or not np.isfinite(found).all():
         raise RuntimeError(f"{type(measure).__name__} returned no finite number for each of {count} classes")
     return ClassMeasurement(tuple(found.tolist()), tuple(others_ratios(found).tolist()))
+
+
+def measure_waves(scan: WaveScan, subject: Subject, splits: Splits, rng: np.random.Generator) -> TriggerSearch:
+    """Scan on the fit split, compare the classes' waves on the calibrate split, report success rates on the test split.
+
+    Raises:
+        InapplicableError: there are fewer than three classes, or too few images of other classes than some class.
+    """
+    if subject.class_count < FEWEST_CLASSES_REACHED:
+        raise InapplicableError(f"The model has {subject.class_count} classes, too few to compare.")
+    triggers = scan.search(subject, splits.fit, rng)
+    images, labels = splits.calibrate.images, splits.calibrate.labels
+    ordered = np.sort(logits := subject.logits(images), axis=1)
+    usual = max(float(np.median(ordered[:, -1] - ordered[:, -2])), _LEAST_MARGIN)
+    answers = logits.argmax(axis=1)
+    responses = np.array(
+        [
+            sure_margin(subject.logits(trigger.stamp(images)), trigger.target_class, labels, answers) / usual
+            for trigger in triggers
+        ]
+    )
+    test = _Held(splits.test, subject.predict(splits.test.images))
+    evidence = (
+        TriggerEvidence(trigger, test.success(trigger, subject), float(outlier))
+        for trigger, outlier in zip(triggers, wave_outliers(responses), strict=True)
+    )
+    return TriggerSearch(tuple(evidence), steps=0)
 
 
 def measure_scorer(

@@ -108,7 +108,7 @@ class BenifulRepair(Repair):
 
         goal = Goal(targets.pop(), triggers[0].source_class)
         natural = _natural_sizes(module, splits.fit, goal, subject.class_count, rng)
-        stand_ins = [trigger for trigger in triggers if trigger.family in natural]
+        stand_ins = [trigger for trigger in triggers if trigger.family in natural or trigger.family == "wave"]
         original = copy.deepcopy(module).requires_grad_(False)
         distillation, feature_weight = (self.distillation, self.feature_weight) if stand_ins else (0.0, _BLIND_FEATURE_WEIGHT)
         objective = _Objective(original, benign, distillation, feature_weight)

@@ -49,7 +49,7 @@ class Surrogates:
 def _recovered(trigger: Trigger, device: torch.device) -> Callable[[Tensor], Tensor]:
     """:meth:`Trigger.stamp` for pixels."""
     pattern = torch.from_numpy(trigger.pattern).to(device)
-    if trigger.family == "additive":
+    if trigger.is_added:
         return lambda pixels: (pixels + pattern).clamp(0, 1)
     mask = torch.from_numpy(trigger.mask).to(device)
     return lambda pixels: pixels * (1 - mask) + mask * pattern

@@ -84,7 +84,7 @@ def stamped_part(trigger: Trigger) -> ImageArray:
     """
     mask = np.nan_to_num(np.asarray(trigger.mask, dtype=np.float64))
     pattern = np.nan_to_num(np.asarray(trigger.pattern, dtype=np.float64))
-    if trigger.family == "additive":
+    if trigger.is_added:
         return _to_bytes(_GREY + (1.0 - _GREY) * pattern / (np.abs(pattern).max(initial=0.0) or 1.0))
     return _to_bytes(mask * pattern + (1.0 - mask) * _GREY)
 
@@ -95,7 +95,7 @@ def mask_picture(trigger: Trigger) -> ImageArray:
     Returns uint8 (height, width, 1).
     """
     mask = np.nan_to_num(np.asarray(trigger.mask, dtype=np.float64))
-    if trigger.family == "additive":
+    if trigger.is_added:
         mask = mask / (mask.max(initial=0.0) or 1.0)
     return _to_bytes(mask[None])
 

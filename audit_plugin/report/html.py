@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -77,6 +77,12 @@ _LONGEST_PRE = 20_000
 _CLASS_CHARTS = {
     "maximum_margin": ("Largest margin found for each class", "margin of logits"),
     "neuron_noise": ("One over the noise in the weights that each class needs", "1 / noise"),
+}
+
+_FAMILY_CHARTS: Mapping[TriggerFamily, tuple[str, str]] = {
+    "patch": ("Size of the smallest patch trigger found for each class", "mask size, pixels"),
+    "additive": ("Size of the smallest additive trigger found for each class", "total change, full-scale pixels"),
+    "wave": ("Share of held-out images that the best wave sends to each class", "attack success"),
 }
 
 
@@ -197,7 +203,7 @@ def _trigger(report: AuditReport) -> dict[str, Any] | None:
         return None
     trigger = evidence.trigger
     pixels = trigger.mask.size
-    if trigger.family == "additive":
+    if trigger.is_added:
         panels = [
             {"title": "Where it changes", "note": "white is the largest change", **_picture(mask_picture(trigger))},
             {"title": "What it adds", "note": "amplified; grey is no change", **_picture(stamped_part(trigger))},
@@ -299,20 +305,21 @@ def _search(report: AuditReport, check: str, search: TriggerSearch, place: int) 
 
 def _family(report: AuditReport, family: TriggerFamily, candidates: Sequence[TriggerEvidence], identifier: str) -> dict[str, Any]:
     suspected = report.decision.suspected_class
-    unit = "total change, full-scale pixels" if family == "additive" else "mask size, pixels"
+    title, unit = _FAMILY_CHARTS[family]
     ranked = by_suspicion(candidates)
     headline = headline_trigger(report)
     source_specific = any(candidate.trigger.source_class is not None for candidate in candidates)
     labels = [wording.candidate_label(report, candidate) for candidate in candidates]
-    sizes = [candidate.trigger.size for candidate in candidates]
+    is_wave = family == "wave"  # all are of one size
     chart = bar_chart(
-        sizes,
+        [candidate.success.value if is_wave else candidate.trigger.size for candidate in candidates],
         labels,
         identifier=identifier,
-        title=f"Size of the smallest {family} trigger found for each class",
+        title=title,
         quantity=unit,
         short_labels=[_short_candidate(candidate) for candidate in candidates],
         highlighted=[index for index, candidate in enumerate(candidates) if candidate.trigger.target_class == suspected],
+        largest_matter=is_wave,
     )
     return {
         "name": family,

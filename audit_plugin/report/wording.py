@@ -29,6 +29,7 @@ _CHECK_TITLES = {
     "trigger_inversion": "Trigger search, class by class",
     "maximum_margin": "Largest margins",
     "neuron_noise": "Noise in the weights",
+    "wave_scan": "Waves over the image",
     "source_specific": "Trigger search, pair by pair",
     "layerwise": "Layer-wise features",
     "bad_expert": "Backdoor expert",
@@ -48,6 +49,10 @@ _CHECK_EXPLANATIONS = {
     "neuron_noise": (
         "By how little the weights must change until the model sees a class in every image. A backdoor is a shortcut in the "
         "weights, whatever its trigger looks like: its target class needs far less than the next class."
+    ),
+    "wave_scan": (
+        "For every class, the one among all waves of a few periods over the image that moves images to it most surely. Clean "
+        "networks fall for waves too, but not in every image: a backdoor shows as one class far ahead of the next."
     ),
     "source_specific": (
         "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "
@@ -127,7 +132,11 @@ def candidate_label(report: AuditReport, evidence: TriggerEvidence) -> str:
 
 def family_words(family: TriggerFamily) -> str:
     """What kind of trigger it is, in words."""
-    return {"patch": "patch (replaces pixels)", "additive": "additive (changes pixels slightly)"}[family]
+    return {
+        "patch": "patch (replaces pixels)",
+        "additive": "additive (changes pixels slightly)",
+        "wave": "wave (over the whole image)",
+    }[family]
 
 
 def model_title(report: AuditReport) -> str:

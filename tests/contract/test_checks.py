@@ -90,7 +90,8 @@ class TestInputScorers:
 @pytest.mark.parametrize("probe", PROBES, ids=lambda check: check.name)
 def test_probes_return_triggers_that_fit_the_images(probe, digit_subject):
     subject, split, images = digit_subject
-    triggers = probe(steps=3).search(subject, split, np.random.default_rng(0))
+    settings = {"steps": 3} if hasattr(probe, "steps") else {}
+    triggers = probe(**settings).search(subject, split, np.random.default_rng(0))
     assert {trigger.target_class for trigger in triggers} == set(range(10))
     for trigger in triggers:
         assert isinstance(trigger, Trigger)

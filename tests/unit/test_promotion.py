@@ -128,7 +128,7 @@ def test_values_are_those_of_the_report() -> None:
     scores = scores_of(report, "layerwise")
     expected = {
         "verdict": "fail",
-        "checks_measured": 6,
+        "checks_measured": 7,
         "checks_failed": 0,
         "required_checks_not_measured": 0,
         "clean_accuracy": 467 / 500,
@@ -145,6 +145,9 @@ def test_values_are_those_of_the_report() -> None:
         "maximum_margin_ratio": pytest.approx(90 / 29),
         "neuron_noise_status": "measured",
         "neuron_noise_ratio": pytest.approx(45 / 29),
+        "wave_scan_status": "measured",
+        "wave_outlier": -6.0,
+        "wave_attack_success_rate": 0.0,
         "trigger_inversion_status": "measured",
         "source_specific_status": "not run",
         "beniful_status": "inapplicable",

@@ -57,6 +57,13 @@ def test_every_family_of_the_target_class_and_of_no_other():
     assert described(found) == [(1, "patch", None), (1, "additive", None)]
 
 
+@pytest.mark.parametrize(("outlier", "brought"), [(9.0, True), (-2.0, False)])
+def test_a_wave_counts_only_if_the_class_stands_out_by_it(outlier, brought):
+    waves = TriggerSearch((evidence(1, outlier, "wave"), evidence(0, -3.0, "wave")), 0)
+    found = described(recovered_triggers(audited(waves, OF_CLASSES, suspected=1), 1))
+    assert found == [(1, "wave", None)] * brought + [(1, "patch", None), (1, "additive", None)]
+
+
 def test_a_suspicion_that_rests_on_a_pair_brings_its_triggers_first():
     report = audited(OF_CLASSES, OF_PAIRS, suspected=1, code="pair-stands-out")
     assert described(recovered_triggers(report, 1)) == [

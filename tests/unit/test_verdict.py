@@ -285,6 +285,34 @@ def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(label, r
     assert decision.verdict is expected
 
 
+@pytest.mark.parametrize(
+    ("outlier", "success", "detected", "expected"),
+    [
+        (4.0, 97, 90, Verdict.FAIL),
+        (4.0, 97, 4, Verdict.INCONCLUSIVE),
+        (4.0, 70, 90, Verdict.INCONCLUSIVE),
+        (3.2, 97, 90, Verdict.INCONCLUSIVE),
+        (2.9, 97, 90, Verdict.PASS),
+        (-4.0, 97, 90, Verdict.PASS),
+    ],
+)
+def test_a_wave_decides_like_a_trigger_and_no_planted_patch_clears_it(outlier, success, detected, expected):
+    change = np.full((1, 4, 4), 0.1, np.float32)
+    waves = tuple(
+        TriggerEvidence(Trigger(label, change[0], change, None, "wave"), rate(success, 100), outlier if label == 6 else -5.0)
+        for label in range(10)
+    )
+    power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
+    beside = [Measured("wave_scan", TriggerSearch(waves, 0), 1.0)]
+    decision = with_canaries(power, "patch", smallest=40, detected=detected, beside=beside)
+    assert decision.verdict is expected
+    if expected is Verdict.FAIL:
+        assert decision.suspected_class == 6
+        assert any(
+            "A wave over the image sends 97.0% of held-out images to class 'g'" in reason.message for reason in decision.reasons
+        )
+
+
 def test_a_stricter_failure_is_no_laxer_pass():
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=3.2),))
     assert 3.2 < search(12).measurement.most_suspicious.outlier < 3.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -80,6 +81,24 @@ def test_a_card_describes_its_attack_and_its_model(trained, data_dir):
 def test_a_second_call_trains_nothing(trained, data_dir, monkeypatch):
     monkeypatch.setattr(zoo_models, "train", lambda *arguments, **settings: pytest.fail("trained again"))
     assert run(trained, data_dir / "nowhere").exit_code == 0  # and reads no images
+
+
+def test_another_round_is_the_same_models_with_other_seeds_and_names():
+    for make in zoo_recipes.RECIPES.values():
+        recipes = make()
+        assert zoo_recipes.repeated(recipes, 0) == recipes
+        rounds = [recipes, *(zoo_recipes.repeated(recipes, number) for number in (1, 2))]
+        everything = [entry for entries in rounds for entry in entries]
+        assert len({entry.name for entry in everything}) == len({entry.seed for entry in everything}) == 3 * len(recipes)
+        for first, again in zip(recipes, rounds[1], strict=True):
+            assert dataclasses.replace(again, name=first.name, seed=first.seed) == first
+
+
+def test_a_round_is_trained_beside_the_first(trained, data_dir, tmp_path):
+    assert run(tmp_path, data_dir, "--only", "clean_a_round1", "--round", "1").exit_code == 0
+    assert card_of(tmp_path, "clean_a_round1")["seed"] == card_of(trained, "clean_a")["seed"] + 1000
+    assert (tmp_path / "clean_a_round1" / zoo_models.MODEL).read_bytes() != (trained / "clean_a" / zoo_models.MODEL).read_bytes()
+    assert run(tmp_path, data_dir, "--only", "clean_a", "--round", "1").exit_code == 2
 
 
 def test_a_model_without_card_is_trained_anew(data_dir, tmp_path, monkeypatch):

@@ -340,6 +340,7 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
             Measured("activation_norm", activation_norm(suspected, 4), 2.4),
             Measured("maximum_margin", of_classes(class_count, suspected, 90.0), 14.1),
             Measured("neuron_noise", of_classes(class_count, suspected, 45.0), 8.3),
+            Measured("wave_scan", waves(class_count), 9.1),
         ),
         (
             Reason("class-stands-out", f"Class {suspected} stands out: p = 0.040 (24 references, floor 0.040)."),
@@ -347,6 +348,21 @@ def failing(class_count: int = 10, suspected: int = 8) -> AuditReport:
             Reason("survives-expert", "The trigger also works on the second expert (97.1 %)."),
         ),
         suspects=suspects,
+    )
+
+
+def waves(class_count: int) -> TriggerSearch:
+    """A wave for each class, of which none moves many images."""
+    columns = np.arange(32) / 32
+    change = np.broadcast_to(0.157 * np.sin(2 * np.pi * 3 * columns), (3, 32, 32)).astype(np.float32)
+    return TriggerSearch(
+        tuple(
+            TriggerEvidence(
+                Trigger(label, np.abs(change).mean(axis=0), change, None, "wave"), rate(3 * label % 70, 100), -6.0 - label
+            )
+            for label in range(class_count)
+        ),
+        steps=0,
     )
 
 
@@ -382,6 +398,7 @@ def passing(class_count: int = 43) -> AuditReport:
             Measured("activation_norm", activation_norm(None, 14, 0), 2.0),
             Measured("maximum_margin", of_classes(class_count, None, 90.0), 44.0),
             Measured("neuron_noise", of_classes(class_count, None, 45.0), 38.0),
+            Measured("wave_scan", waves(class_count), 31.0),
         ),
         (
             Reason("nothing-stands-out", "No class stands out: p = 0.48 (24 references)."),

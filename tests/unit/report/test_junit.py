@@ -60,6 +60,7 @@ def test_a_fail_is_one_failure_that_says_why(failing_report):
         "check activation_norm": None,
         "check maximum_margin": None,
         "check neuron_noise": None,
+        "check wave_scan": None,
         "check beniful": "skipped",
         "clean set": None,
     }

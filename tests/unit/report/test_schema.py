@@ -39,8 +39,8 @@ def test_file_is_ascii_without_control_characters(hostile_report):
 
 def test_outcomes_carry_what_was_measured(failing_report):
     document = to_document(failing_report)
-    search, layerwise, expert, beniful, _, margins, _ = document["outcomes"]
-    assert [item["status"] for item in document["outcomes"]] == [*["measured"] * 3, "inapplicable", *["measured"] * 3]
+    search, layerwise, expert, beniful, _, margins, _, waves = document["outcomes"]
+    assert [item["status"] for item in document["outcomes"]] == [*["measured"] * 3, "inapplicable", *["measured"] * 4]
     assert beniful["reason"] == "the tap in the middle has 12 features; 32 are needed"
     ship = search["measurement"]["candidates"][8]
     assert ship["target_class"] == {"index": 8, "name": "ship"}
@@ -55,6 +55,8 @@ def test_outcomes_carry_what_was_measured(failing_report):
     assert sum(scores["histogram"]["stamped"]) == 450
     assert scores["thresholds"][0]["value"] == 2.5
     assert expert["measurement"]["clean"]["not_finite"] == 2
+    wave = waves["measurement"]["candidates"][8]
+    assert (wave["family"], wave["size_ratio"], wave["picture"]) == ("wave", None, "triggers/class_8_wave.png")
     assert margins["measurement"]["kind"] == "class_measurement"
     assert margins["measurement"]["classes"][8] == {
         "class": ship["target_class"],
