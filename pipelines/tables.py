@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from audit_plugin.audit import audit, scorers_of
+from audit_plugin.checks import LayerwiseScorer
 from audit_plugin.checks.inversion import Budget, Goal, Patches, Perturbations, invert
 from audit_plugin.errors import AuditError, InapplicableError, UsageError, nearest
 from audit_plugin.manifest import digest_of, manifest_of
@@ -73,6 +74,9 @@ Row = dict[str, Any]
 AUDIT, CHECKS, REPAIR = "audit", "checks", "repairs"
 DETECTORS = (AUDIT, *MODEL_PEERS, *INPUT_PEERS, CHECKS, REPAIR)
 RESULTS = "results"
+
+SWEPT: Mapping[str, tuple[str, tuple[float, ...]]] = {LayerwiseScorer.name: ("tau", (1.0, 1.5, 2.0, 2.5, 3.0))}
+"""Checks whose own threshold is varied: the name of its setting, and the values, which are cuts on the check's score."""
 
 _FALSE_POSITIVE_RATE = 0.01
 _TRIGGERED_SHARE = 0.05  # of the inputs that an input peer is given
@@ -272,7 +276,7 @@ def _write(job: Job, found: Row) -> None:
         "seed": job.seed,
         "settings": job.settings,
         "sha256": card["sha256"],
-        "truth": {key: card.get(key) for key in _TRUTH} | {"target_class": card["settings"].get("target_class")},
+        "truth": {key: card.get(key) for key in _TRUTH} | {key: card["settings"].get(key) for key in _SETTINGS},
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "versions": {"python": platform.python_version()} | dict(_versions()),
@@ -287,6 +291,7 @@ def _write(job: Job, found: Row) -> None:
 
 
 _TRUTH = ("attack", "data", "architecture", "hardness", "clean_accuracy", "attack_success_rate")
+_SETTINGS = ("target_class", "poisoning_rate")  # of the attack
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -424,7 +429,7 @@ def _check(job: Job) -> Row:
 
 def detection_rows(known: Known, seed: int) -> Iterator[Row]:
     """For each check, baseline and threshold: false-positive rate, detection rate and AUROC on successful triggered images, and
-    the AUROC on all triggered ones."""
+    the AUROC on all triggered ones. Then both rates at every other value of a threshold in :data:`SWEPT`."""
     test = known.splits.test
     triggered, succeeded = known.triggered()
     for scorer in scorers_of(Policy()):
@@ -448,6 +453,9 @@ def detection_rows(known: Known, seed: int) -> Iterator[Row]:
             for rule, cut in cuts.items():
                 rates = _rates(clean > cut, suspicious[succeeded] > cut)
                 yield {"check": name, "rule": rule, **rates, **areas, "fit_seconds": seconds}
+            setting, swept = SWEPT.get(name, ("", ()))
+            for cut in swept:
+                yield {"check": name, "swept": setting, "value": cut, **_rates(clean > cut, suspicious[succeeded] > cut)}
 
 
 def _area(clean: NDArray[np.floating], triggered: NDArray[np.floating]) -> float | None:

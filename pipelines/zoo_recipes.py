@@ -154,6 +154,20 @@ def repeated(recipes: Sequence[Recipe], round_: int) -> tuple[Recipe, ...]:
     return tuple(dataclasses.replace(entry, name=f"{entry.name}_round{round_}", seed=entry.seed + shift) for entry in recipes)
 
 
+def poisoning_rates(data: str, first_seed: int) -> tuple[Recipe, ...]:
+    """BadNets with four poisoning rates on a VGG and a CNN, and a clean model of each."""
+    shares = (0.01, 0.03, 0.05, 0.1)
+    wanted = [
+        (f"{data}_rates_badnets_{round(100 * share)}", BadNets(target_class=1, size=3, poisoning_rate=share)) for share in shares
+    ]
+    return tuple(
+        Recipe(f"{name}_{architecture}", attack, first_seed + place, architecture, data=data)
+        for place, ((name, attack), architecture) in enumerate(
+            itertools.product([*wanted, (f"{data}_rates_clean", None)], ("vgg", "cnn"))
+        )
+    )
+
+
 def _in_turns(
     data: str,
     *,
@@ -195,6 +209,8 @@ RECIPES: Mapping[str, Callable[[], tuple[Recipe, ...]]] = {
     "cifar10-five": cifar10_five,
     "cifar10-small": cifar10_small,
     "gtsrb-small": gtsrb_small,
+    "cifar10-rates": lambda: poisoning_rates("cifar10", 500),
+    "digits-rates": lambda: poisoning_rates("digits", 520),
     "digits": small_digits,
     "digits-references": digits_references,
 }

@@ -26,7 +26,9 @@ from pipelines.table_report import (
     input_rows,
     judged,
     markdown,
+    poisoning_rows,
     roc_curve,
+    sweep_rows,
     truth_of,
     verdict_rows,
     write_report,
@@ -180,6 +182,59 @@ def test_figures_on_inputs_are_means_over_models_and_leave_out_what_has_none() -
     assert (badnets["models"], badnets["detection_rate"], badnets["least_detection_rate"]) == (2, 0.75, 0.5)
     assert badnets["auroc"] == pytest.approx(0.95)
     assert detector_rows(records) == []  # it judges no models
+
+
+def of_inputs(
+    model: str, attack: str | None, rates: dict[float, tuple[float, float]], share: float | None = None
+) -> dict[str, Any]:
+    """A result of the checks: both rates at each value of tau, those at 2.5 by its own rule too."""
+    rows = [
+        {"check": "layerwise", "false_positive_rate": alarms, "detection_rate": detected if attack else None} | place
+        for value, (detected, alarms) in rates.items()
+        for place in ({"swept": "tau", "value": value}, *([{"rule": "tau = 2.5", "auroc": 0.9}] if value == 2.5 else []))
+    ]
+    found = result(model, "checks", attack=attack, inputs=rows)
+    found["truth"]["poisoning_rate"] = share
+    return found
+
+
+def test_a_swept_threshold_has_a_table_of_its_own() -> None:
+    records = [
+        of_inputs("a", "BadNets", {1.0: (1.0, 0.2), 2.5: (0.8, 0.02)}),
+        of_inputs("b", "BadNets", {1.0: (0.9, 0.1), 2.5: (0.6, 0.04)}),
+        of_inputs("c", None, {1.0: (0.0, 0.3), 2.5: (0.0, 0.01)}),
+    ]
+    clean, _, low, high = sweep_rows(records)
+    assert (clean["attack"], clean["detection_rate"], clean["false_positive_rate"]) == ("(clean)", None, 0.3)
+    assert (low["attack"], low["value"], low["detection_rate"]) == ("BadNets", 1.0, pytest.approx(0.95))
+    assert (high["value"], high["detection_rate"], high["false_positive_rate"]) == (2.5, pytest.approx(0.7), pytest.approx(0.03))
+    assert [row["models"] for row in input_rows(records)] == [1, 2]  # what is swept is no rule
+    text = markdown(records).replace("\\", "")  # some dots are escaped
+    assert "| BadNets | layerwise | 95.0% / 15.0% | 70.0% / 3.0% |" in text
+    assert "| (clean) | layerwise | 30.0% | 1.0% |" in text
+    assert "## Poisoning rates" not in text
+
+
+def test_an_attack_of_several_poisoning_rates_is_told_by_rate() -> None:
+    records = [
+        of_inputs("a", "BadNets", {2.5: (0.5, 0.02)}, share=0.01),
+        of_inputs("b", "BadNets", {2.5: (0.9, 0.04)}, share=0.05),
+        of_inputs("c", "BadNets", {2.5: (0.8, 0.02)}, share=0.05),
+        of_inputs("d", "Blended", {2.5: (0.7, 0.02)}, share=0.05),
+        of_inputs("e", None, {2.5: (0.0, 0.02)}),
+    ]
+    rare, common = poisoning_rows(records)
+    assert (rare["attack"], rare["poisoning_rate"], rare["models"], rare["detection_rate"]) == ("BadNets", 0.01, 1, 0.5)
+    assert (common["models"], common["detection_rate"]) == (2, pytest.approx(0.85))
+    assert "## Poisoning rates" in markdown(records)
+
+
+def test_the_published_figure_stands_beside_the_measured_one() -> None:
+    text = markdown([of_inputs("a", "WaNet", {2.5: (0.5, 0.02)}), of_inputs("b", "SIG", {2.5: (0.5, 0.02)})])
+    (wanet,) = [line for line in text.splitlines() if line.startswith("| WaNet | layerwise | tau")]
+    (sig,) = [line for line in text.splitlines() if line.startswith("| SIG | layerwise | tau")]
+    assert wanet.replace("\\", "").endswith("| 91.0% / 1.5% |")
+    assert sig.endswith("|  |")
 
 
 def test_names_and_notes_cannot_break_the_tables(tmp_path: Path) -> None:
