@@ -50,6 +50,7 @@ SMALLEST_SUCCESS = 0.5
 """A candidate that moves fewer held-out images than this is no trigger: its size is not compared with the others'."""
 
 _LEAST_MARGIN = 1e-6  # of a model that answers alike for all classes
+_WAVES_KEPT = 100
 
 BREAKAGES = (AuditError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError)
 """What measuring a hostile or odd model may raise."""
@@ -185,28 +186,34 @@ def measure_classes(
 def measure_waves(scan: WaveScan, subject: Subject, splits: Splits, rng: np.random.Generator) -> TriggerSearch:
     """Scan on the fit split, compare the classes' waves on the calibrate split, report success rates on the test split.
 
+    Of very many classes only those that stand out most are kept.
+
     Raises:
         InapplicableError: there are fewer than three classes, or too few images of other classes than some class.
     """
     if subject.class_count < FEWEST_CLASSES_REACHED:
         raise InapplicableError(f"The model has {subject.class_count} classes, too few to compare.")
     triggers = scan.search(subject, splits.fit, rng)
-    images, labels = splits.calibrate.images, splits.calibrate.labels
-    ordered = np.sort(logits := subject.logits(images), axis=1)
+    calibrate, test = splits.calibrate, splits.test
+    ordered = np.sort(logits := subject.logits(calibrate.images), axis=1)
     usual = max(float(np.median(ordered[:, -1] - ordered[:, -2])), _LEAST_MARGIN)
-    answers = logits.argmax(axis=1)
-    responses = np.array(
-        [
-            sure_margin(subject.logits(trigger.stamp(images)), trigger.target_class, labels, answers) / usual
-            for trigger in triggers
-        ]
+    answers, test_answers = logits.argmax(axis=1), subject.predict(test.images)
+    responses, successes = np.zeros(len(triggers)), [rate_of(np.zeros(0, dtype=np.bool_))] * len(triggers)
+    same_wave: dict[bytes, list[int]] = {}
+    for place, trigger in enumerate(triggers):
+        same_wave.setdefault(trigger.pattern.tobytes(), []).append(place)
+    for places in same_wave.values():
+        wave = triggers[places[0]]
+        calibrated, moved = subject.logits(wave.stamp(calibrate.images)), subject.predict(wave.stamp(test.images))
+        for place in places:
+            target = triggers[place].target_class
+            responses[place] = sure_margin(calibrated, target, calibrate.labels, answers) / usual
+            successes[place] = rate_of(moved[victims(triggers[place], test.labels, test_answers)] == target)
+    outliers = wave_outliers(responses)
+    kept = np.sort(np.argsort(-outliers, kind="stable")[:_WAVES_KEPT])
+    return TriggerSearch(
+        tuple(TriggerEvidence(triggers[place], successes[place], float(outliers[place])) for place in kept), steps=0
     )
-    test = _Held(splits.test, subject.predict(splits.test.images))
-    evidence = (
-        TriggerEvidence(trigger, test.success(trigger, subject), float(outlier))
-        for trigger, outlier in zip(triggers, wave_outliers(responses), strict=True)
-    )
-    return TriggerSearch(tuple(evidence), steps=0)
 
 
 def measure_scorer(

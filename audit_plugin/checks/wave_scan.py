@@ -84,7 +84,7 @@ class WaveScan(Probe):
 
 
 def sure_margin(logits: FloatArray, target: int, labels: LabelArray, answers: LabelArray) -> float:
-    """The margin of a class that nine of ten images with a wave reach, in the model's own units.
+    """The margin of a class, by logits, that nine of ten images with a wave reach.
 
     Args:
         logits: of images with the wave, (N, classes).

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from audit_plugin.checks import WaveScan
+from audit_plugin.checks import WaveScan, measurement
 from audit_plugin.checks.measurement import measure_waves
 from audit_plugin.checks.wave_scan import sure_margin
 from audit_plugin.errors import InapplicableError
@@ -84,6 +84,11 @@ def test_a_planted_wave_stands_out_and_its_clean_twin_has_none(make_subject, spl
     outliers = [candidate.outlier for candidate in found]
     assert outliers[TARGET] > 5
     assert max(np.delete(outliers, TARGET)) < 0
+    test, network = splits.test, make_subject(Striped(6000.0, steps=steps), 3, SIZE)
+    for candidate in found:  # attack success is that of each class's own wave, on the images that it should move
+        answers, target = network.predict(test.images), candidate.trigger.target_class
+        moved = network.predict(candidate.trigger.stamp(test.images[(test.labels != target) & (answers != target)])) == target
+        assert (candidate.success.successes, candidate.success.trials) == (moved.sum(), len(moved))
     assert found[TARGET].success.value > 0.95
     spectrum = np.abs(np.fft.fft2(found[TARGET].trigger.pattern[0]))
     assert np.unravel_index(spectrum.argmax(), spectrum.shape) in {(1, 3), (SIZE - 1, SIZE - 3)}
@@ -147,3 +152,12 @@ def test_too_little_to_measure_is_inapplicable(make_subject, splits, random_imag
     pair = make_subject(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 2)), 3, SIZE)
     with pytest.raises(InapplicableError, match="2 classes, too few to compare"):
         measure_waves(WaveScan(), pair, splits, np.random.default_rng(0))
+
+
+def test_of_many_classes_those_are_kept_that_stand_out_most(make_subject, splits, monkeypatch):
+    everything = scanned(make_subject, Striped(6000.0), splits)
+    monkeypatch.setattr(measurement, "_WAVES_KEPT", 2)
+    kept = measure_waves(WaveScan(), make_subject(Striped(6000.0), 3, SIZE), splits, np.random.default_rng(0)).candidates
+    foremost = sorted(everything, key=lambda candidate: -candidate.outlier)[:2]
+    assert {candidate.trigger.target_class for candidate in kept} == {candidate.trigger.target_class for candidate in foremost}
+    assert TARGET in {candidate.trigger.target_class for candidate in kept}
