@@ -603,7 +603,7 @@ def metrics_of(report: AuditReport) -> dict[str, float]:
             continue
         if isinstance(outcome.measurement, TriggerSearch) and outcome.measurement.candidates:
             found = outcome.measurement.most_suspicious
-            kind = SEARCHES[outcome.check]
+            kind = SEARCHES.get(outcome.check, outcome.check)
             metrics[f"{kind}_outlier"] = found.outlier
             metrics[f"{kind}_size_pixels"] = found.trigger.size
             metrics[f"{kind}_attack_success_rate"] = found.success.value

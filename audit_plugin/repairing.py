@@ -22,7 +22,7 @@ from audit_plugin.repair import BenifulRepair, Repair, RepairedModel
 from audit_plugin.repair.measurement import measure_repair
 from audit_plugin.repair.norm_pruning import NormPruning
 from audit_plugin.report.summaries import trigger_searches
-from audit_plugin.types import AuditReport, ImageArray, ModelRef, RepairReport, Splits, Trigger, TriggerEvidence
+from audit_plugin.types import AuditReport, ImageArray, ModelRef, RepairReport, Splits, Trigger
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def class_index(wanted: str, class_names: Sequence[str]) -> int:
 
 def recovered_triggers(report: AuditReport, target_class: int) -> tuple[Trigger, ...]:
     """What the audit recovered for a class, of every family, and where the suspicion rests on a pair of classes, those of such
-    pairs first, the one that stands out most at the head. A wave only if it is that one: there is one for every class.
+    pairs first, the one that stands out most at the head. Natural waves are left out.
 
     Raises:
         RepairError: nothing was.
@@ -146,9 +146,9 @@ def recovered_triggers(report: AuditReport, target_class: int) -> tuple[Trigger,
         candidate
         for _, search in trigger_searches(report)
         for candidate in sorted(search.candidates, key=lambda candidate: candidate.suspicion, reverse=True)
-        if candidate.trigger.target_class == target_class
+        if candidate.trigger.target_class == target_class and not candidate.is_natural_wave
     ]
-    of_class = tuple(candidate.trigger for candidate in _of_class(found))
+    of_class = tuple(candidate.trigger for candidate in found if candidate.trigger.source_class is None)
     of_pairs = tuple(candidate.trigger for candidate in found if candidate.trigger.source_class is not None)
     decision = report.decision
     rests_on_pair = any(reason.code == _PAIR_STANDS_OUT for reason in decision.reasons)
@@ -158,16 +158,6 @@ def recovered_triggers(report: AuditReport, target_class: int) -> tuple[Trigger,
         reasons = " ".join(reason.message for reason in decision.reasons[:2])
         raise RepairError(f"The audit recovered no trigger for class '{name}', so there is nothing to repair it with. {reasons}")
     return triggers
-
-
-def _of_class(found: Sequence[TriggerEvidence]) -> list[TriggerEvidence]:
-    """Those without a source class, the most suspicious first."""
-    of_class = sorted(
-        (candidate for candidate in found if candidate.trigger.source_class is None),
-        key=lambda candidate: candidate.suspicion,
-        reverse=True,
-    )
-    return [candidate for place, candidate in enumerate(of_class) if place == 0 or candidate.trigger.family != "wave"]
 
 
 def _target(report: AuditReport, named: int | None) -> int:

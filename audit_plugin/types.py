@@ -251,6 +251,11 @@ class TriggerEvidence:
         return outlier, -self.trigger.size if math.isnan(self.size_ratio) else self.size_ratio
 
     @property
+    def is_natural_wave(self) -> bool:
+        """Whether it is a wave that nine of ten images do not obey: there is one for every class of a clean model."""
+        return self.trigger.family == "wave" and not self.outlier > 0
+
+    @property
     def is_compared(self) -> bool:
         """Whether it worked well enough for its size to be compared with the others'."""
         return math.isfinite(self.outlier) and self.size_ratio != 0
@@ -415,7 +420,10 @@ def class_measurements(outcomes: Iterable[Outcome]) -> dict[str, ClassMeasuremen
 
 
 def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> TriggerSearch | None:
-    """All candidates over classes, or over pairs of them, of every measured search that found some, as one search."""
+    """All candidates over classes, or over pairs of them, of every measured search, as one search; None if there are none.
+
+    Natural waves are left out: they are no triggers.
+    """
     found = [
         outcome.measurement
         for outcome in outcomes
@@ -424,9 +432,9 @@ def trigger_search(outcomes: Iterable[Outcome], *, of_pairs: bool = False) -> Tr
         and outcome.measurement.candidates
         and outcome.measurement.is_source_specific == of_pairs
     ]
-    if not found:
+    candidates = tuple(candidate for search in found for candidate in search.candidates if not candidate.is_natural_wave)
+    if not candidates:
         return None
-    candidates = tuple(candidate for search in found for candidate in search.candidates)
     skipped = sorted({label for search in found for label in search.classes_skipped})
     return replace(found[-1], candidates=candidates, classes_skipped=tuple(skipped))
 

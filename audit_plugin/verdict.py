@@ -4,8 +4,8 @@ The rule of this release, in words:
 
 * **fail**: one class stands out by at least ``minimum_outlier`` deviations: it needs a trigger so much smaller than the other
   classes do, in either family of triggers, or a smaller one and reaches a larger margin, or so much less noise in the weights
-  (:func:`audit_plugin.maths.outlier.class_outliers`), or a wave over the image moves images to it so much more surely
-  (:func:`audit_plugin.maths.outlier.wave_outliers`); its trigger moves at least ``minimum_attack_success`` of held-out
+  (:func:`audit_plugin.maths.outlier.class_outliers`), or a wave over the image moves nine of ten images to it so surely
+  (:func:`audit_plugin.checks.measurement.measure_waves`); its trigger moves at least ``minimum_attack_success`` of held-out
   images, and independent checks see it too: at least ``minimum_confirmations`` of the input scorers that measured (all of them,
   where fewer did) flag at least ``minimum_detection`` of the stamped images, and clearly more of them than of the clean ones
   (their exact intervals are disjoint). This is the backdoor consistency of Li, Zhang and Ma 2024: where the trigger is
@@ -151,7 +151,7 @@ def decide(
     if is_unusual is not None:
         is_usual = not is_unusual
     else:
-        by_trigger = found.trigger.family != "wave" and not _stands_out_by_noise(outcomes, policy)
+        by_trigger = not _stands_out_by_noise(outcomes, policy) and not _stands_out_by_wave(search, policy)
         is_usual = by_trigger and _stand_out_more(canaries, required_canaries, found.outlier)
     if found.outlier < (policy.minimum_outlier if is_usual else policy.clear_outlier):
         if is_unusual:
@@ -181,11 +181,14 @@ def decide(
 
 
 def _fewest_compared(search: TriggerSearch) -> int:
-    """How many candidates of a family could be compared with each other, in the family with the fewest."""
-    families = {candidate.trigger.family for candidate in search.candidates}
+    """How many candidates of a family could be compared with each other, in the family with the fewest; not of waves."""
+    families = {candidate.trigger.family for candidate in search.candidates} - {"wave"}
     return min(
-        sum(candidate.trigger.family == family and candidate.is_compared for candidate in search.candidates)
-        for family in families
+        (
+            sum(candidate.trigger.family == family and candidate.is_compared for candidate in search.candidates)
+            for family in families
+        ),
+        default=0,
     )
 
 
@@ -242,6 +245,11 @@ def _stands_out_by_noise(outcomes: Sequence[Outcome], policy: VerdictPolicy) -> 
     """Whether a class stands out by the noise that it needs: planted triggers say nothing of that."""
     noise = class_measurements(outcomes).get("neuron_noise")
     return noise is not None and float(noise_outliers(np.array(noise.ratios)).max()) >= policy.clear_outlier
+
+
+def _stands_out_by_wave(search: TriggerSearch, policy: VerdictPolicy) -> bool:
+    """Whether a class stands out by a wave, of which planted patches say nothing either."""
+    return any(found.trigger.family == "wave" and found.outlier >= policy.clear_outlier for found in search.candidates)
 
 
 def _blind_spots(canaries: PowerCheck | None) -> tuple[str, ...]:
@@ -330,7 +338,8 @@ def _measurements(outcomes: Sequence[Outcome]) -> list[Measurement]:
 
 
 def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, ClassMeasurement]) -> str:
-    ratios = {check: measured.ratios[found.trigger.target_class] for check, measured in of_classes.items()}
+    target = found.trigger.target_class
+    ratios = {check: measured.ratios[target] for check, measured in of_classes.items() if target < len(measured.ratios)}
     margin = noise = ""
     if "maximum_margin" in ratios:
         margin = f"; its largest margin is {ratios['maximum_margin']:.1f} times the largest other class's"
@@ -341,8 +350,8 @@ def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, 
         return f"No trigger was found for the most conspicuous class.{by_noise}"
     if found.trigger.family == "wave":
         return (
-            f"A wave over the image sends {_percent(found.success)} of held-out images to class '{class_name}', more surely than "
-            f"waves reach any other{margin}{noise}. The class stands out by {found.outlier:.1f} deviations."
+            f"A wave over the image sends {_percent(found.success)} of held-out images to class '{class_name}', nine of ten by a "
+            f"clear margin{margin}{noise}. The class stands out by {found.outlier:.1f} deviations."
         )
     return (
         f"The most conspicuous recovered trigger sends {_percent(found.success)} of held-out images to class '{class_name}' by "

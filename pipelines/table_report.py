@@ -208,7 +208,7 @@ def sweep_rows(records: Sequence[Row]) -> list[Row]:
 
 
 def poisoning_rows(records: Sequence[Row]) -> list[Row]:
-    """One row an attack that was measured with several poisoning rates, rate and check with its first rule: means over models."""
+    """One row an attack that took with several poisoning rates, rate, check and rule: means over models."""
     groups: dict[tuple[str, float, str, str], list[Row]] = {}
     for record in records:
         if truth_of(record) in ("one target", "other") and record["truth"].get("poisoning_rate") is not None:
@@ -384,7 +384,7 @@ def markdown(records: Sequence[Row]) -> str:
             ],
         )
     if poisoned := poisoning_rows(records):
-        lines += ["", "## Poisoning rates", ""]
+        lines += ["", "## Poisoning rates", "", "Of attacks that took.", ""]
         lines += _table(
             ("attack", "poisoning rate", "check", "threshold", "models", "detected / false positives", "AUROC"),
             [

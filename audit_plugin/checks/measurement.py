@@ -13,12 +13,12 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure, FittedScorer, InputScorer, Probe
+from audit_plugin.checks.base import ClassMeasure, FittedScorer, InputScorer, Probe
 from audit_plugin.checks.maximum_margin import MaximumMargin
 from audit_plugin.checks.neuron_noise import NeuronNoise
 from audit_plugin.checks.wave_scan import WaveScan, sure_margin
 from audit_plugin.errors import AuditError, InapplicableError
-from audit_plugin.maths.outlier import class_outliers, others_ratios, pair_outliers, size_ratios, wave_outliers
+from audit_plugin.maths.outlier import WAVE_RESPONSE, class_outliers, others_ratios, pair_outliers, size_ratios
 from audit_plugin.maths.rates import auroc, quantile_threshold, rate_of
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import (
@@ -184,15 +184,14 @@ def measure_classes(
 
 
 def measure_waves(scan: WaveScan, subject: Subject, splits: Splits, rng: np.random.Generator) -> TriggerSearch:
-    """Scan on the fit split, compare the classes' waves on the calibrate split, report success rates on the test split.
+    """Scan on the fit split, measure each class's response on the calibrate split, report success rates on the test split.
 
-    Of very many classes only those that stand out most are kept.
+    A class stands out by its response over :data:`audit_plugin.maths.outlier.WAVE_RESPONSE`, whatever the others do: a second
+    class that obeys a wave must not hide the first. Of very many classes only those that stand out most are kept.
 
     Raises:
-        InapplicableError: there are fewer than three classes, or too few images of other classes than some class.
+        InapplicableError: see :meth:`WaveScan.search`; the calibrate split must have as many images of other classes.
     """
-    if subject.class_count < FEWEST_CLASSES_REACHED:
-        raise InapplicableError(f"The model has {subject.class_count} classes, too few to compare.")
     triggers = scan.search(subject, splits.fit, rng)
     calibrate, test = splits.calibrate, splits.test
     ordered = np.sort(logits := subject.logits(calibrate.images), axis=1)
@@ -209,7 +208,7 @@ def measure_waves(scan: WaveScan, subject: Subject, splits: Splits, rng: np.rand
             target = triggers[place].target_class
             responses[place] = sure_margin(calibrated, target, calibrate.labels, answers) / usual
             successes[place] = rate_of(moved[victims(triggers[place], test.labels, test_answers)] == target)
-    outliers = wave_outliers(responses)
+    outliers = responses / WAVE_RESPONSE
     kept = np.sort(np.argsort(-outliers, kind="stable")[:_WAVES_KEPT])
     return TriggerSearch(
         tuple(TriggerEvidence(triggers[place], successes[place], float(outliers[place])) for place in kept), steps=0

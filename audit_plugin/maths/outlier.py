@@ -1,4 +1,4 @@
-"""How far one class stands out from a model's others: by a small trigger, a large margin, little noise in the weights, a wave."""
+"""How far one class stands out from a model's others: by a small trigger, a large margin, little noise in the weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ NOISE_SPREAD = 0.22
 """Spread of a clean model's logs of noise ratios. With it, a class stands 3.5 deviations apart where the next needs 2.16 times
 the noise; docs/decisions/0008 has the figures."""
 
-WAVE_SPREADS = (0.3, 0.6)
-"""Least and greatest spread of the classes' responses to waves, in medians of the margins of the model's own answers. Badly
-trained networks react to waves by whole margins, well trained ones hardly do; docs/decisions/0009 has the figures."""
-
 WAVE_RESPONSE = 0.15
-"""Response to a wave that counts as one deviation: 3.5 deviations are half the usual margin, in nine images of ten."""
+"""Response to a wave that counts as one deviation, in medians of the margins of the model's own answers: 3.5 deviations are half
+of that margin, in nine images of ten. docs/decisions/0009 has the figures."""
 
 _LARGEST_RATIO = 100.0  # the next class may reach nothing
 
@@ -71,26 +68,6 @@ def class_outliers(
 def noise_outliers(relative_noise: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each class stands out by the noise that it needs: log of the :func:`others_ratios` / :data:`NOISE_SPREAD`."""
     return _logs(relative_noise) / NOISE_SPREAD
-
-
-def wave_outliers(responses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each class stands out by how surely a wave moves images to it; the lesser of two views, so that both must hold.
-
-    * Its lead over the foremost other class, in standard deviations of the other classes within :data:`WAVE_SPREADS`.
-    * The response itself over :data:`WAVE_RESPONSE`: of a clean network no wave moves nine images of ten.
-
-    Args:
-        responses: (classes,), finite, at least three: margins in units of the model's own, higher is more suspicious.
-
-    Returns:
-        (classes,); at most one is positive.
-    """
-    outliers = np.zeros(len(responses))
-    for index, response in enumerate(responses):
-        others = np.delete(responses, index)
-        lead = (response - others.max()) / np.clip(others.std(ddof=1), *WAVE_SPREADS)
-        outliers[index] = min(lead, response / WAVE_RESPONSE)
-    return outliers
 
 
 def _logs(ratios: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from audit_plugin.types import (
     TriggerEvidence,
     TriggerFamily,
     TriggerSearch,
+    trigger_search,
 )
 
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -142,11 +143,10 @@ def headline_trigger(report: AuditReport) -> TriggerEvidence | None:
     """
     suspected = report.decision.suspected_class
     by_pair = any(reason.code == "pair-stands-out" for reason in report.decision.reasons)
+    search = trigger_search(report.outcomes, of_pairs=by_pair)
     candidates = [
         candidate
-        for _, search in trigger_searches(report)
-        if search.is_source_specific == by_pair
-        for candidate in search.candidates
+        for candidate in (search.candidates if search else ())
         if suspected is None or candidate.trigger.target_class == suspected
     ]
     return max(candidates, key=lambda candidate: candidate.suspicion, default=None)

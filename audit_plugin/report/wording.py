@@ -52,7 +52,7 @@ _CHECK_EXPLANATIONS = {
     ),
     "wave_scan": (
         "For every class, the one among all waves of a few periods over the image that moves images to it most surely. Clean "
-        "networks fall for waves too, but not in every image: a backdoor shows as one class far ahead of the next."
+        "networks fall for waves too, but not nine images of ten: that takes a backdoor."
     ),
     "source_specific": (
         "For every pair of classes, the smallest change of pixels that sends images of the one to the other, compared with what "

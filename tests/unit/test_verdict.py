@@ -297,13 +297,8 @@ def test_planted_triggers_do_not_clear_a_class_that_stands_out_by_noise(label, r
     ],
 )
 def test_a_wave_decides_like_a_trigger_and_no_planted_patch_clears_it(outlier, success, detected, expected):
-    change = np.full((1, 4, 4), 0.1, np.float32)
-    waves = tuple(
-        TriggerEvidence(Trigger(label, change[0], change, None, "wave"), rate(success, 100), outlier if label == 6 else -5.0)
-        for label in range(10)
-    )
     power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
-    beside = [Measured("wave_scan", TriggerSearch(waves, 0), 1.0)]
+    beside = [waves_of(outlier, success=success)]
     decision = with_canaries(power, "patch", smallest=40, detected=detected, beside=beside)
     assert decision.verdict is expected
     if expected is Verdict.FAIL:
@@ -311,6 +306,45 @@ def test_a_wave_decides_like_a_trigger_and_no_planted_patch_clears_it(outlier, s
         assert any(
             "A wave over the image sends 97.0% of held-out images to class 'g'" in reason.message for reason in decision.reasons
         )
+
+
+def waves_of(outlier, label=6, classes=10, success=97):
+    """A wave of each class, of which one has this outlier; the others are natural."""
+    change = np.full((1, 4, 4), 0.1, np.float32)
+    found = (
+        TriggerEvidence(Trigger(index, change[0], change, None, "wave"), rate(success, 100), outlier if index == label else -5.0)
+        for index in range(classes)
+    )
+    return Measured("wave_scan", TriggerSearch(tuple(found), 0), 1.0)
+
+
+def test_a_wave_is_not_cleared_because_a_patch_leads():
+    power = PowerCheck((dataclasses.replace(canary("patch", "found"), outlier=9.0),))
+    leading = search(12).measurement.most_suspicious.outlier
+    assert 3.1 < leading < 3.5
+    cleared = with_canaries(power, "patch", smallest=12, detected=90, beside=[waves_of(2.9)])
+    assert cleared.verdict is Verdict.PASS
+    assert with_canaries(power, "patch", smallest=12, detected=90, beside=[waves_of(3.1)]).verdict is Verdict.INCONCLUSIVE
+
+
+def test_waves_alone_let_nothing_pass():
+    """Neither where no trigger was searched, nor where the search came back empty."""
+    decision = verdict(layerwise(), waves_of(-5.0))
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert "no-trigger-search" in codes(decision)
+    empty = Measured("trigger_inversion", TriggerSearch((), 200), 1.0)
+    for outlier in (-5.0, 2.0):
+        assert verdict(layerwise(), waves_of(outlier), empty).verdict is Verdict.INCONCLUSIVE
+
+
+def test_many_classes_of_which_few_waves_are_kept_are_compared_all_the_same():
+    assert verdict(search(40), layerwise(), waves_of(2.0, classes=3, label=1)).verdict is Verdict.PASS
+
+
+def test_a_class_beyond_those_whose_margin_was_measured_is_described():
+    few = ClassMeasurement((10.0,) * 6, (1.0,) * 6)
+    decision = verdict(search(40), layerwise(detected=90), Measured("maximum_margin", few, 1.0), waves_of(4.0, label=7))
+    assert (decision.verdict, decision.suspected_class) == (Verdict.FAIL, 7)
 
 
 def test_a_stricter_failure_is_no_laxer_pass():

@@ -16,7 +16,6 @@ from audit_plugin.maths.outlier import (
     pair_outliers,
     size_ratios,
     small_side_outliers,
-    wave_outliers,
 )
 
 sizes = st.lists(st.floats(0.1, 1e4), min_size=4, max_size=40).map(np.array)
@@ -199,20 +198,3 @@ def test_a_class_stands_out_by_noise_alone_whatever_its_trigger(ratio):
 def test_with_equal_noise_triggers_alone_say_who_stands_out(values):
     outliers = class_outliers(values, None, others_ratios(np.full(len(values), 3.0)))
     np.testing.assert_allclose(outliers, np.maximum(class_outliers(values), 0.0), atol=1e-12)
-
-
-def test_waves_by_hand():
-    """The foremost leads by 2 over a spread of at least 0.3 and at most 0.6, and reaches 0.9 of the usual margin."""
-    close, wide = np.array([0.9, -1.1, -1.1, -1.2]), np.array([0.9, -1.1, -4.0, -7.0])
-    assert wave_outliers(close)[0] == pytest.approx(0.9 / 0.15)  # its lead alone would say 2 / 0.3
-    assert wave_outliers(wide)[0] == pytest.approx(2.0 / 0.6)  # its response alone would say 6
-    assert max(wave_outliers(close)[1:]) < 0
-
-
-@given(st.lists(st.floats(-5, 5), min_size=3, max_size=12).map(np.array), st.randoms())
-def test_waves_single_out_one_class_at_most_and_only_one_that_most_images_reach(responses, random):
-    outliers = wave_outliers(responses)
-    assert (outliers > 0).sum() <= 1
-    assert (responses[outliers > 0] > 0).all()
-    order = random.sample(range(len(responses)), len(responses))
-    np.testing.assert_allclose(wave_outliers(responses[order]), outliers[order], rtol=1e-9, atol=1e-12)
