@@ -64,14 +64,19 @@ def select(browser, selector):
 
 
 def shown(browser):
-    """The versions that the table lists."""
-    return [" ".join(header.text.split()[:2]) for header in select(browser, ".versions tbody th")]
+    """The versions that the table lists; read anew if the page is replaced meanwhile."""
+    (listed,) = wait_for(
+        browser, lambda: ([" ".join(header.text.split()[:2]) for header in select(browser, ".versions tbody th")],)
+    )
+    return listed
 
 
 def wait_for(browser, condition):
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 30).until(lambda _: condition())
+    wait = WebDriverWait(browser, 30, ignored_exceptions=(StaleElementReferenceException,))
+    return wait.until(lambda _: condition())
 
 
 def test_page_renders_without_errors_and_asks_nobody_else(open_page, server):
@@ -129,7 +134,7 @@ def test_everything_works_without_scripts(open_page, browser):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     open_page("?text=scans+v1")
     select(browser, "form.compare button")[0].click()
-    assert "The files are the ones that were audited." in select(browser, "main")[0].text
+    wait_for(browser, lambda: "The files are the ones that were audited." in select(browser, "main")[0].text)
     browser.find_element("link text", "All versions of this model").click()
     assert shown(browser) == ["v2 registered", "v1 registered"]
 
