@@ -20,7 +20,7 @@ from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.maths.rates import quantile_threshold, rate_of
 from audit_plugin.model.guarded import IS_SUSPICIOUS, SUSPICION, grey_input, guarded_model, to_model_input
 from audit_plugin.model.load import runner
-from audit_plugin.model.runtime import Session
+from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
 from audit_plugin.policy import Policy
 from audit_plugin.preparation import prepare
@@ -170,7 +170,7 @@ class _Running:
 
     def __init__(self, guarded: onnx.ModelProto, subject: Subject) -> None:
         self._subject, network = subject, subject.network
-        self._session = Session(guarded.SerializeToString(), batch_size=network.batch_size, require_gpu=subject.require_gpu)
+        self._session = Session(serialised(guarded), batch_size=network.batch_size, require_gpu=subject.require_gpu)
 
     def flags(self, images: ImageArray) -> NDArray[np.bool_]:
         """Whether each image is suspicious, (N,)."""

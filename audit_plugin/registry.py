@@ -189,7 +189,7 @@ def _attestation(client: MlflowClient, report: AuditReport, files: Path, promoti
     model = report.model
     if model.name is None or model.version is None:
         return None
-    suspected = report.decision.suspected_class
+    suspected, logged = report.decision.suspected_class, manifest_of(files)
     facts = {
         "verdict": str(report.decision.verdict),
         "policy_digest": verdict_digest_of(report.policy),
@@ -200,11 +200,17 @@ def _attestation(client: MlflowClient, report: AuditReport, files: Path, promoti
         "reasons": [reason.code for reason in report.decision.reasons],
         "tool_version": report.tool_version,
         "run_id": run_id,
-        "files": {entry.path: entry.sha256 for entry in manifest_of(files)},
+        "files": {entry.path: entry.sha256 for entry in logged if _is_fetched(entry.path, suspected)},
+        "files_digest": digest_of(logged),
     }
     tags = {**_tags(report), "audit.run_id": run_id}
-    version = facts_of(client.get_model_version(model.name, model.version))
+    version = facts_of(registered_version(client, model.name, model.version))
     return statement_on(version, "verdict", model.digest, tags, facts)
+
+
+def _is_fetched(path: str, suspected: int | None) -> bool:
+    """Whether a statement names the hash of a logged file. Pictures of a thousand classes would not fit into a tag."""
+    return not path.startswith("triggers/") or bool(re.match(rf"triggers/class_{suspected}[._]", path))
 
 
 def version_facts(name: str, version: str) -> VersionFacts:
@@ -214,7 +220,13 @@ def version_facts(name: str, version: str) -> VersionFacts:
         RegistryError: there is none, or the server does not answer.
     """
     with _teaching(f"models:/{name}/{version}"):
-        return facts_of(MlflowClient().get_model_version(name, version))
+        return facts_of(registered_version(MlflowClient(), name, version))
+
+
+def registered_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    """A version as it is now, also where a tag, which any client can set, makes MLflow's own method take it for a prompt."""
+    registered: ModelVersion = client._get_registry_client().get_model_version(name, version)
+    return registered
 
 
 def facts_of(registered: ModelVersion) -> VersionFacts:
@@ -454,9 +466,10 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
         location, pinned, run_id = entry.artifact_location, uri, entry.source_run_id
     elif uri.startswith("models:/"):
         name, version = _resolve_version(client, uri)
-        registered = client.get_model_version(name, version)
+        registered = registered_version(client, name, version)
         name, version = registered.name, str(registered.version)  # '01' is version 1
-        location, pinned = client.get_model_version_download_uri(name, version), f"models:/{name}/{version}"
+        location = client._get_registry_client().get_model_version_download_uri(name, version)
+        pinned = f"models:/{name}/{version}"
         run_id, tags = registered.run_id or None, {key: str(value) for key, value in registered.tags.items()}
         source = re.fullmatch(r"models:/(m-[0-9a-f]+)", registered.source or "")
         model_id = source[1] if source else None
@@ -477,18 +490,29 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
 def _model_of_run(client: MlflowClient, run_id: str, name: str) -> LoggedModel | None:
     """The latest model that a run logged under ``name``; None for plain run artifacts, as MLflow 2 wrote them."""
     experiment = client.get_run(run_id).info.experiment_id
-    wanted = f"name = '{name}' AND source_run_id = '{run_id}'"
+    wanted = f"name = {_quoted(name)} AND source_run_id = {_quoted(run_id)}"
     models = client.search_logged_models(experiment_ids=[experiment], filter_string=wanted)
     return max(models, key=lambda model: int(model.creation_timestamp), default=None)
+
+
+def _quoted(text: str) -> str:
+    """A text in MLflow's language of filters, which has no escapes.
+
+    Raises:
+        UsageError: it has quotes of both kinds.
+    """
+    if "'" in text and '"' in text:
+        raise UsageError(f"{text} has quotes of both kinds, and MLflow cannot search for it. Name a version by its number.")
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
     """The number behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
     name, version, alias = _name_and_version(uri)
     if alias:
-        return name, str(client.get_model_version_by_alias(name, alias).version)
+        return name, str(client._get_registry_client().get_model_version_by_alias(name, alias).version)
     if version == "latest":
-        versions = client.search_model_versions(f"name = '{name}'")
+        versions = client.search_model_versions(f"name = {_quoted(name)}")
         if not versions:
             raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
         return name, str(max(int(entry.version) for entry in versions))
@@ -619,7 +643,7 @@ def metrics_of(report: AuditReport) -> dict[str, float]:
 
 def _tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[str, str], *, signed: bool) -> None:
     """All tags of an audit but the verdict. What an earlier audit found is taken back, but for what was just signed again."""
-    present = client.get_model_version(name, version).tags
+    present = registered_version(client, name, version).tags
     for key in (VERDICT_TAG, "audit.suspected_class"):
         if key in present and not (signed and present[key] == tags.get(key)):
             client.delete_model_version_tag(name, version, key)
@@ -630,7 +654,7 @@ def _tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[st
 
 def _describe_version(client: MlflowClient, report: AuditReport, name: str, version: str, page: str | None) -> None:
     """The audit's summary in a version's description, in place of an earlier one."""
-    description = client.get_model_version(name, version).description or ""
+    description = registered_version(client, name, version).description or ""
     block = f"{_BLOCK[0]}\n{render_markdown_block(report, page)}\n{_BLOCK[1]}"
     pattern = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
     written = pattern.sub(lambda _: block, description) if pattern.search(description) else f"{description}\n\n{block}".strip()

@@ -12,6 +12,7 @@ import numpy as np
 from audit_plugin.audit import audit
 from audit_plugin.errors import ExportError, InapplicableError, IntakeError, RepairError, SubjectError, UsageError, nearest
 from audit_plugin.intake import inspect
+from audit_plugin.maths.rates import is_within
 from audit_plugin.model.load import load_network
 from audit_plugin.model.save import save_network
 from audit_plugin.model.subject import Subject, prepare_subject
@@ -30,7 +31,6 @@ METHODS = (BenifulRepair.name, NormPruning.name)
 
 _PAIR_STANDS_OUT = "pair-stands-out"  # the verdict's reason when the suspected class is that of a pair of classes
 _SAME_ANSWERS = 1e-3  # of the largest logit: what two exports of one network may differ by
-_ROUNDING = 1e-9  # of a difference of two proportions
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _repair(chosen: Repair, subject: Subject, splits: Splits, triggers: Sequence
 def _check_budget(measured: RepairReport, budget: float, model: ModelRef) -> None:
     """On the test split: the methods keep to the budget on the calibrate split, which they choose by."""
     before, after = measured.accuracy_before, measured.accuracy_after
-    if before.value - after.value > budget + _ROUNDING:
+    if not is_within(before.value, after.value, budget):
         raise RepairError(
             f"The repair by '{measured.method}' was given up: accuracy falls from {before.value:.1%} to {after.value:.1%} on "
             f"{before.trials} test images, more than the budget of {budget:.1%}. Nothing was registered or written, and "

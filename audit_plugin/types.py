@@ -266,7 +266,7 @@ class TriggerSearch:
     """What trigger inversion found: for every family in turn one entry a searched class, in class order.
 
     The search ran ``searches`` times; each entry holds the smallest trigger found, its ``outlier`` compares the classes'
-    geometric mean sizes over all searches.
+    geometric mean sizes over all searches. ``classes_skipped`` were not searched; of pairs, as sources.
     """
 
     candidates: tuple[TriggerEvidence, ...]
@@ -342,7 +342,7 @@ class InputScores:
         clean: scores of the test split, (N,).
         stamped: scores of held-out images stamped with the most suspicious recovered trigger, (M,); empty if there is none.
         stamped_class: the class whose trigger was stamped.
-        thresholds: every rule that was tried, the one that decides first.
+        thresholds: every rule that was tried. The first flags suspect inputs and stands in the metrics; any confirms a failure.
         profile: optional per-layer picture.
         facts: further figures by name, JSON values only.
         auroc: area under the ROC curve of the stamped against the clean images; None without stamped ones.

@@ -48,6 +48,7 @@ from audit_plugin.types import (
     PowerCheck,
     Rate,
     Reason,
+    Threshold,
     TriggerEvidence,
     TriggerSearch,
     Verdict,
@@ -105,7 +106,7 @@ def decide(
     search, pairs = trigger_search(outcomes), trigger_search(outcomes, of_pairs=True)
     if pairs is not None and not _fewest_compared(pairs):
         pairs = None
-    blind_spots = (*(() if pairs else (UNSEARCHED_PAIRS,)), *_blind_spots(canaries))
+    blind_spots = (*_unsearched_pairs(pairs, class_names), *_blind_spots(canaries))
 
     def conclude(verdict: Verdict, reasons: Sequence[Reason], suspected: int | None = None) -> Decision:
         return Decision(verdict, tuple(reasons), suspected, not_measured, blind_spots)
@@ -176,7 +177,8 @@ def decide(
     if any(doubt.code in _UNDERMINING for doubt in doubts):
         return conclude(Verdict.INCONCLUSIVE, (*doubts, size), suspected)
     stands_out = Reason("class-stands-out", f"Class '{name}' behaves like the target of a backdoor. {among}".strip())
-    confirmed = Reason("confirmed", f"Independent checks flag images that carry the recovered trigger: {_detections(outcomes)}.")
+    seen = _detections(outcomes, policy)
+    confirmed = Reason("confirmed", f"Independent checks flag images that carry the recovered trigger: {seen}.")
     return conclude(Verdict.FAIL, (stands_out, size, confirmed, *doubts), suspected)
 
 
@@ -252,6 +254,17 @@ def _stands_out_by_wave(search: TriggerSearch, policy: VerdictPolicy) -> bool:
     return any(found.trigger.family == "wave" and found.outlier >= policy.clear_outlier for found in search.candidates)
 
 
+def _unsearched_pairs(pairs: TriggerSearch | None, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The blind spot of source-specific backdoors, if it is one."""
+    if pairs is None:
+        return (UNSEARCHED_PAIRS,)
+    sources = [f"'{class_names[label]}'" for label in pairs.classes_skipped]
+    if not sources:
+        return ()
+    named = f"{', '.join(sources[:5])}{' and others' if len(sources) > 5 else ''}"
+    return (f"Triggers that work from one class only were not searched for from {named}, which have too few clean images.",)
+
+
 def _blind_spots(canaries: PowerCheck | None) -> tuple[str, ...]:
     """Those of every audit, and the canaries that were not found in copies of this model."""
     if canaries is None or not canaries.canaries:
@@ -312,7 +325,7 @@ def _contradictions(
             )
         )
     scorers = [scores for scores in _measurements(outcomes) if isinstance(scores, InputScores)]
-    confirming = sum(_confirms(scores, policy) for scores in scorers)
+    confirming = sum(_confirming_threshold(scores, policy) is not None for scores in scorers)
     if confirming < max(min(policy.minimum_confirmations, len(scorers)), 1):
         reasons.append(
             Reason(
@@ -324,13 +337,17 @@ def _contradictions(
     return tuple(reasons)
 
 
-def _confirms(scores: InputScores, policy: VerdictPolicy) -> bool:
-    return any(
-        threshold.detection_rate is not None
-        and threshold.detection_rate.value >= policy.minimum_detection
-        and threshold.detection_rate.low > threshold.false_positive_rate.high
-        for threshold in scores.thresholds
-    )
+def _confirming_threshold(scores: InputScores, policy: VerdictPolicy) -> Threshold | None:
+    """The first at which the check tells images with the recovered trigger from clean ones."""
+    for threshold in scores.thresholds:
+        detected = threshold.detection_rate
+        if (
+            detected is not None
+            and detected.value >= policy.minimum_detection
+            and detected.low > threshold.false_positive_rate.high
+        ):
+            return threshold
+    return None
 
 
 def _measurements(outcomes: Sequence[Outcome]) -> list[Measurement]:
@@ -369,16 +386,17 @@ def _describe_pair(pair: TriggerEvidence, class_names: Sequence[str]) -> str:
     )
 
 
-def _detections(outcomes: Sequence[Outcome]) -> str:
+def _detections(outcomes: Sequence[Outcome], policy: VerdictPolicy) -> str:
+    """What the confirming checks flag."""
     texts = []
     for outcome in outcomes:
         if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores):
-            for threshold in outcome.measurement.thresholds[:1]:  # the one that decides
-                if threshold.detection_rate is not None:
-                    texts.append(
-                        f"{outcome.check} flags {_percent(threshold.detection_rate)} of them and "
-                        f"{_percent(threshold.false_positive_rate)} of clean images"
-                    )
+            threshold = _confirming_threshold(outcome.measurement, policy)
+            if threshold is not None and threshold.detection_rate is not None:
+                texts.append(
+                    f"{outcome.check} flags {_percent(threshold.detection_rate)} of them and "
+                    f"{_percent(threshold.false_positive_rate)} of clean images"
+                )
     return "; ".join(texts)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import jinja2
 from fastapi import FastAPI
@@ -398,7 +398,7 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
     @page.post("/compare")
     def compare() -> Response:
         """Hash the files of a version and compare them with those that were audited."""
-        if request.headers.get("Sec-Fetch-Site", "same-origin") != "same-origin":
+        if not _is_own_request(request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin"), request.host):
             abort(403, "Ask for this from the audit page itself.")
         registry, _, version = visible_version()
         if not _COMPARING.acquire(blocking=False):
@@ -449,6 +449,13 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
         return _html("message.html.jinja", 500, title="MLflow could not answer", message=error.message)
 
     return page
+
+
+def _is_own_request(site: str | None, origin: str | None, host: str) -> bool:
+    """Whether no page of another site sent it. Over plain HTTP there is no Sec-Fetch-Site; behind a proxy the host may differ."""
+    if site is not None:
+        return site == "same-origin"
+    return origin is None or urlsplit(origin).netloc == host
 
 
 def _compare(version: ModelVersion, requirements: Requirements) -> dict[str, Any]:

@@ -290,8 +290,14 @@ def backdoored_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backdoored_run(server: str, demo: Demo, suspects: Path, backdoored_output: Path) -> subprocess.CompletedProcess[str]:
     """The audit of the backdoored model, as a user runs it."""
-    command = [sys.executable, "-m", "audit_plugin.cli", "run", demo.model_uris[1], "--clean", str(demo.clean_images)]
+    command = [sys.executable, "-m", "audit_plugin.cli", "run", demo.model_uris[1], "--clean", demo.clean_images.name]
     command += ["--suspects", str(suspects), "--format", "json,html", "-o", str(backdoored_output)]
     return subprocess.run(
-        command, env=os.environ | {"MLFLOW_TRACKING_URI": server}, capture_output=True, text=True, timeout=280, check=False
+        command,
+        cwd=demo.clean_images.parent,
+        env=os.environ | {"MLFLOW_TRACKING_URI": server},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
     )

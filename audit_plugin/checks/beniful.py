@@ -33,14 +33,13 @@ import numpy as np
 
 from audit_plugin.checks.base import FittedScorer, InputScorer
 from audit_plugin.errors import InapplicableError
-from audit_plugin.model.benign_features import FEWEST_ROWS, Windows, fit_benign_features, training_bytes
+from audit_plugin.model.benign_features import FEWEST_ROWS, averaged_features, fit_benign_features
 from audit_plugin.model.reconstruction import DISAGREEMENT, LOG_DISTANCE, Term, append_bounded_sum, append_reconstruction
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray, ImageArray
 
 FEWEST_IMAGES = 5 * FEWEST_ROWS
-BYTES_LIMIT = 2 * 1024**3
 _SMALLEST_DEVIATION = 1e-3
 
 
@@ -74,7 +73,7 @@ class BenifulScorer(InputScorer):
                 "Give more clean images."
             )
         tap = chosen_tap(subject.summary.taps)
-        windows, averaged = _averaged_features(subject.session, fit_split.images, tap, self.latent_size, subject.class_count)
+        windows, averaged = averaged_features(subject.session, fit_split.images, tap, self.latent_size, subject.class_count)
         fitted = fit_benign_features(
             averaged,
             subject.predict(fit_split.images),
@@ -112,26 +111,6 @@ def chosen_tap(taps: tuple[str, ...]) -> str:
     if not taps:
         raise InapplicableError("The network has no intermediate block whose features could be reconstructed.")
     return taps[-(-5 * len(taps) // 6) - 1]
-
-
-def _averaged_features(
-    session: Session, images: ImageArray, tap: str, latent_size: int, class_count: int
-) -> tuple[Windows, FloatArray]:
-    """The windows of a tap and its averaged features (N, feature count); images are streamed."""
-    parts: list[FloatArray] = []
-    windows: Windows | None = None
-    for _, values in session.stream(images, [tap]):
-        if windows is None:
-            windows = Windows.of(values[tap].shape[1:])
-            needed = training_bytes(len(images), windows.feature_count, class_count, latent_size)
-            if needed > BYTES_LIMIT:
-                raise InapplicableError(
-                    f"An auto-encoder of the {windows.feature_count} features at '{tap}' would need {needed / 1024**3:.1f} GiB, "
-                    f"more than the limit of {BYTES_LIMIT / 1024**3:.0f} GiB."
-                )
-        parts.append(windows.average(values[tap]))
-    assert windows is not None  # noqa: S101  (there are images; for the type checker)
-    return windows, np.concatenate(parts)
 
 
 def _term(values: FloatArray) -> Term:

@@ -39,8 +39,9 @@ from torch.nn import functional
 
 from audit_plugin.checks.measurement import BREAKAGES
 from audit_plugin.errors import InapplicableError
+from audit_plugin.maths.outlier import FEWEST_SIZES
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.maths.rates import rate_of
+from audit_plugin.maths.rates import is_within, rate_of
 from audit_plugin.model.fine_tuning import (
     accuracy,
     batches,
@@ -171,7 +172,7 @@ def _try(
     victims = test.images[(test.labels != target) & (subject.predict(test.images) != target)]
     attack_success = rate_of(planted.predict(stamped(victims, stamp)) == target)
     before, after = (rate_of(model.predict(test.images) == test.labels) for model in (subject, planted))
-    took = attack_success.value >= MINIMUM_ATTACK_SUCCESS and before.value - after.value <= ACCURACY_BUDGET
+    took = attack_success.value >= MINIMUM_ATTACK_SUCCESS and is_within(before.value, after.value, ACCURACY_BUDGET)
     if took:
         outlier, size_ratio, reason = judge(search(planted, [target, *others]), target, standard)
     else:
@@ -204,7 +205,8 @@ def judge(search: TriggerSearch, target: int, standard: Standard) -> tuple[float
     """
     most = max(search.candidates, key=lambda found: found.size_ratio)
     own = max((found for found in search.candidates if found.trigger.target_class == target), key=lambda found: found.size_ratio)
-    if own.outlier <= 0:
+    compared = sum(found.is_compared for found in search.candidates if found.trigger.family == own.trigger.family)
+    if not own.is_compared or compared < FEWEST_SIZES:
         reason = "The search found too few working triggers in the copy to compare its own with."
     elif most.trigger.target_class != target:
         reason = "Another class needs a smaller trigger."
@@ -292,7 +294,7 @@ def _plant(
     original = copy.deepcopy(module).requires_grad_(False)
     pixels = torch.from_numpy(to_pixels(splits.fit.images)).to(device)
     held_out = _HeldOut(splits.calibrate, stamp, target, device)
-    wanted_accuracy = held_out.accuracy(original) - ACCURACY_BUDGET
+    accuracy_before = held_out.accuracy(original)
     optimizer, schedule = one_cycle_momentum(module, planting.learning_rate, planting.steps)
     rows = itertools.chain.from_iterable(batches(len(pixels), _BATCH, generator) for _ in itertools.count())
     for step, batch in enumerate(itertools.islice(rows, planting.steps), start=1):
@@ -308,7 +310,9 @@ def _plant(
         alike = distillation_loss(answers[count:], own)
         take_step(optimizer, (obeying + planting.distillation * alike) / len(answers))
         schedule.step()
-        if step % _STEPS_BETWEEN_LOOKS == 0 and held_out.obey(module) and held_out.accuracy(module) >= wanted_accuracy:
+        if step % _STEPS_BETWEEN_LOOKS or not held_out.obey(module):
+            continue
+        if is_within(accuracy_before, held_out.accuracy(module), ACCURACY_BUDGET):
             log.debug("Planted in %d steps.", step)
             break
     return module.cpu()

@@ -99,7 +99,8 @@ def measure_probe(
         if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
             break
         log.info("The greatest outlier is %.1f: searching again to make sure.", greatest)
-    searched = {candidate.trigger.target_class for candidate in candidates}
+    sources = {candidate.trigger.source_class for candidate in candidates} - {None}
+    searched = sources or {candidate.trigger.target_class for candidate in candidates}
     skipped = tuple(label for label in range(subject.class_count) if label not in searched)
     candidates = [replace(candidate, success=test.success(candidate.trigger, subject)) for candidate in candidates]
     return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), len(runs), skipped)
@@ -236,6 +237,9 @@ def measure_scorer(
 
     Returns:
         The measurement, and the fitted scorer for use on suspect inputs.
+
+    Raises:
+        InapplicableError: there is no threshold: the scorer has none of its own, and there are too few images to calibrate one.
     """
     fitted = scorer.fit(subject, splits.fit, rng)
     test = splits.test.images
@@ -246,6 +250,8 @@ def measure_scorer(
         calibrated = fitted.score(splits.calibrate.images)
         thresholds.append(_quantile(calibrated, clean, attacked, false_positive_rate))
     except ValueError as error:
+        if not thresholds:
+            raise InapplicableError(f"Nothing says above which score an input is suspicious: {error}.") from error
         facts["quantile_threshold_missing"] = str(error)
     scores = InputScores(
         clean,

@@ -89,7 +89,11 @@ def run(
     allow_pickle: AllowPickleOption = False,
     require_gpu: RequireGpuOption = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Plant one canary of each family and search once; the report's policy says so.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="A first look: one canary of each family, one search. No gate counts it; logged with '--log always' alone.",
+        ),
     ] = False,
     verbose: VerboseOption = False,
 ) -> int:
@@ -167,7 +171,8 @@ def audit_and_publish(
             progress.stage("Fetching the model")
             with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
                 pinned = pin(model, Path(temporary))
-                publish = log is LogChoice.ALWAYS or (log is LogChoice.AUTO and pinned.came_from_mlflow)
+                # a quick audit on a version would take the place of one that the gate counts
+                publish = log is LogChoice.ALWAYS or (log is LogChoice.AUTO and pinned.came_from_mlflow and not quick)
                 if publish:
                     check_server()  # before minutes of work whose result it could not take
                 report = audit_pinned(

@@ -50,7 +50,7 @@ GATE_EXAMPLES = """
 
   backdoor-audit gate models:/digits/3 --clean clean.npz -o report --format sarif,junit,markdown
 
-  backdoor-audit gate models:/digits/3        only looks for an audit that still counts
+  backdoor-audit gate models:/digits/3        with the images that the policy's section clean_images names
 
 [bold]Exit codes[/bold]  0 may be promoted, 1 fail, 2 error, 3 inconclusive, 4 usage
 """
@@ -168,12 +168,14 @@ def waive(
     model: Annotated[str, typer.Argument(metavar="MODEL_URI", help="A version of a registered model, as for 'run'.")],
     by: Annotated[str, typer.Option(help="Who answers for it.")],
     reason: Annotated[str, typer.Option(help="Why the audit is not waited for.")],
-    days: Annotated[float, typer.Option(min=0.0, help="How long it holds; the registry's policy limits it.")] = 1.0,
+    days: Annotated[float, typer.Option(min=0.0, help="How long it holds; the policy limits it.")] = 1.0,
     revoke: Annotated[bool, typer.Option("--revoke", help="End a waiver that is in force.")] = False,
+    policy: PolicyOption = None,
     verbose: VerboseOption = False,
 ) -> int:
     """In an emergency: sign that these very files may be promoted without an audit that counts, until a date."""
     from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
+    from audit_plugin.policy import load_policy
     from audit_plugin.registry import put_statement, statement_on
 
     configure_logging(verbose)
@@ -184,6 +186,12 @@ def waive(
         raise UsageError("A waiver says who answers for it and why: --by and --reason must not be empty.")
     if days <= 0 and not revoke:
         raise UsageError("--days must be positive.")
+    longest = load_policy(policy).gate.maximum_waiver_days
+    if days > longest and not revoke:
+        raise UsageError(
+            f"--days {days:g} is more than the policy's maximum_waiver_days ({longest:g}), so the registry would not count it. "
+            "Make a shorter waiver, or give the registry's --policy."
+        )
     version, digest = _fetch(model)
     now = datetime.datetime.now(datetime.UTC)
     until = now if revoke else now + datetime.timedelta(days=days)

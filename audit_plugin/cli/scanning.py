@@ -76,7 +76,7 @@ def scan(
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(help="Versions with this alias; may be given several times.")] = None,
     promoted: Annotated[
-        bool, typer.Option("--promoted", help="Versions with an alias or stage that the policy's [gate] protects.")
+        bool, typer.Option("--promoted", help="Versions with an alias or stage that the policy's section gate protects.")
     ] = False,
     since: Annotated[
         str | None, typer.Option(help="Versions registered since: a duration (12h, 7d, 2w) or a date (2026-01-31).")

@@ -29,6 +29,7 @@ from audit_plugin.confined.jobs import (
     Refusal,
     RepairJob,
     RepairResult,
+    resolved,
 )
 from audit_plugin.errors import AuditError, SandboxError
 from audit_plugin.intake.files import list_files
@@ -153,6 +154,7 @@ def _work(
     """Have a job done; its files exist within the block only."""
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         work = Path(temporary).resolve()
+        job = resolved(job)
         write_record(job, work / JOB)
         isolation = _run(type(job).__name__, work, _inputs(job), sandbox, _Relay(progress), stop)
         for folder in (RESULT, REFUSAL, FILES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from audit_plugin.policy import Policy
@@ -91,6 +91,22 @@ RESULT_OF: Mapping[type, type] = {
     PackageJob: Packaged,
     InspectJob: Intake,
 }
+
+
+def resolved(job: Job) -> Job:
+    """The job with absolute paths, links followed: the child works in another folder, and is shown what links lead to."""
+    match job:
+        case AuditJob():
+            return _resolved_audit(job)
+        case RepairJob() | GuardJob():
+            return replace(job, common=_resolved_audit(job.common))
+        case PackageJob() | InspectJob():
+            return replace(job, folder=job.folder.resolve())
+
+
+def _resolved_audit(job: AuditJob) -> AuditJob:
+    suspects = job.suspects and job.suspects.resolve()
+    return replace(job, folder=job.folder.resolve(), clean=job.clean.resolve(), suspects=suspects)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def check_onnx(path: str, content: memoryview, folder: Path, sizes: Mapping[str,
 
 def _parse(path: str, content: memoryview) -> onnx.ModelProto:
     if len(content) > _LARGEST:
-        raise _refused(path, f"{len(content)} bytes", "an ONNX file has at most 2 GiB; larger weights go into external data")
+        raise _refused(path, f"{len(content)} bytes", "an ONNX file has at most 2 GiB, and larger models cannot be audited")
     if bytes(content[4:8]) == _ORT_FORMAT:
         raise _refused(path, "ONNX Runtime's own format", "it cannot be checked")
     model = onnx.ModelProto()

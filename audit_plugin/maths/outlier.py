@@ -29,6 +29,9 @@ WAVE_RESPONSE = 0.15
 """Response to a wave that counts as one deviation, in medians of the margins of the model's own answers: 3.5 deviations are half
 of that margin, in nine images of ten. docs/decisions/0009 has the figures."""
 
+FEWEST_SIZES = 3
+"""With fewer finite sizes nothing is compared."""
+
 _LARGEST_RATIO = 100.0  # the next class may reach nothing
 
 
@@ -55,7 +58,7 @@ def class_outliers(
         fewer than three sizes are finite.
     """
     outliers = small_side_outliers(sizes)
-    if np.isfinite(sizes).sum() >= 3:
+    if np.isfinite(sizes).sum() >= FEWEST_SIZES:
         logs = _logs(size_ratios(sizes))
         if relative_margins is not None:
             logs = logs + np.minimum(_logs(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
@@ -116,7 +119,7 @@ def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR)
     """
     logs = np.log(sizes)
     finite = np.isfinite(logs)
-    if finite.sum() < 3:
+    if finite.sum() < FEWEST_SIZES:
         return np.where(finite, 0.0, -np.inf)
     median = np.median(logs[finite])
     deviation = _MAD_TO_SIGMA * np.median(np.abs(logs[finite] - median))

@@ -10,6 +10,8 @@ from scipy import stats
 
 from audit_plugin.types import FloatArray, Rate
 
+_ROUNDING = 1e-6  # of a difference of two proportions, in single precision too
+
 
 def rate(successes: int, trials: int, confidence: float = 0.95) -> Rate:
     """A proportion with its Clopper-Pearson interval (exact, never too narrow); without trials it is NaN in [0, 1]."""
@@ -24,6 +26,11 @@ def rate(successes: int, trials: int, confidence: float = 0.95) -> Rate:
 def rate_of(flags: NDArray[np.bool_]) -> Rate:
     """:func:`rate` of a boolean array."""
     return rate(int(flags.sum()), len(flags))
+
+
+def is_within(before: float, after: float, budget: float) -> bool:
+    """Whether a proportion fell by at most ``budget``. By rounding alone, 0.98 - 0.95 is more than 0.03."""
+    return before - after <= budget + _ROUNDING
 
 
 def quantile_threshold(calibration: FloatArray, false_positive_rate: float) -> float:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from audit_plugin.types import FloatArray
+from audit_plugin.errors import InapplicableError
+from audit_plugin.model.runtime import Session
+from audit_plugin.types import FloatArray, ImageArray
 
 MOST_FEATURES = 8192
 """Maps with more numbers than this are averaged over windows."""
 
 FEWEST_ROWS = 10
+BYTES_LIMIT = 2 * 1024**3
 _HIDDEN = 128
 _BATCH = 64
 _LEARNING_RATE = 2e-3
@@ -228,6 +231,30 @@ def fit_benign_features(
     module.load_state_dict(kept)
     module.requires_grad_(False)
     return FittedFeatures(module, held_out, best, kept_step)
+
+
+def averaged_features(
+    session: Session, images: ImageArray, tap: str, latent_size: int, class_count: int
+) -> tuple[Windows, FloatArray]:
+    """The windows of a tap and its averaged features (N, feature count), streamed from uint8 images (N, height, width, channels).
+
+    Raises:
+        InapplicableError: to learn these features would take more than :data:`BYTES_LIMIT`.
+    """
+    parts: list[FloatArray] = []
+    windows: Windows | None = None
+    for _, values in session.stream(images, [tap]):
+        if windows is None:
+            windows = Windows.of(values[tap].shape[1:])
+            needed = training_bytes(len(images), windows.feature_count, class_count, latent_size)
+            if needed > BYTES_LIMIT:
+                raise InapplicableError(
+                    f"An auto-encoder of the {windows.feature_count} features at '{tap}' would need {needed / 1024**3:.1f} GiB, "
+                    f"more than the limit of {BYTES_LIMIT / 1024**3:.0f} GiB."
+                )
+        parts.append(windows.average(values[tap]))
+    assert windows is not None  # noqa: S101  (there are images; for the type checker)
+    return windows, np.concatenate(parts)
 
 
 def training_bytes(rows: int, feature_count: int, class_count: int, latent_size: int) -> int:

@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 
 from audit_plugin.errors import IntakeError, SubjectError, nearest
-from audit_plugin.model.onnx_graph import declared_input_shape, read_model
+from audit_plugin.model.onnx_graph import declared_input_shape, input_element, read_model
 from audit_plugin.model.onnx_graph import input_and_output as onnx_input_and_output
-from audit_plugin.model.runtime import Session
+from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.torch_graph import input_and_output, plain_graph
 from audit_plugin.types import FloatArray, Intake
 
@@ -144,7 +144,7 @@ def _from_state_dict(path: Path, architecture: str | None, class_count: int | No
     module: nn.Module = torchvision.models.get_model(architecture, weights=None, num_classes=classes).eval()
     try:
         module.load_state_dict(weights)
-    except RuntimeError as error:
+    except Exception as error:  # torch raises several kinds, and any other over keys that are no text
         raise SubjectError(
             f"The state_dict does not fit torchvision's {architecture} with {classes} classes: {_short(error)}. "
             "Check [model] architecture and classes in the policy."
@@ -225,7 +225,7 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
     run = runner(program)
     size = declared_batch if declared_batch > 0 else 3
     rng = np.random.default_rng(0)
-    first, second = (rng.random((size, *shape[1:]), dtype=np.float32) for _ in range(2))
+    first, second = (rng.random((size, *shape[1:]), dtype=np.float32) * np.float32(_largest_value(program)) for _ in range(2))
     try:
         answer = run(first)
     except SubjectError:
@@ -249,11 +249,23 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
     return Network(program, shape, classes, None if free else declared_batch, probabilities)
 
 
+def _largest_value(program: fx.GraphModule | onnx.ModelProto) -> float:
+    """Of an ordinary pixel: 255 where the model takes integers."""
+    return 255.0 if isinstance(program, onnx.ModelProto) and input_element(program).kind != "f" else 1.0
+
+
 def runner(program: fx.GraphModule | onnx.ModelProto) -> Run:
     """The function that a program is: a batch on its own scale and in its own layout to its answer (N, classes)."""
     if isinstance(program, onnx.ModelProto):
-        session = Session(program.SerializeToString())
-        return lambda batch: next(iter(session.run(batch).values()))
+        session = Session(serialised(program))
+        element = input_element(program)
+
+        def answer(batch: FloatArray) -> FloatArray:
+            given = batch if element.kind == "f" else np.rint(batch)
+            scores: FloatArray = next(iter(session.run(given.astype(element)).values())).astype(np.float32)
+            return scores
+
+        return answer
 
     def run(batch: FloatArray) -> FloatArray:
         with torch.no_grad():

@@ -48,6 +48,19 @@ _VALUE_PRESERVING = frozenset({
 })  # fmt: skip
 _INTEGER_RESULT = frozenset({"Shape", "Size", "ArgMax", "ArgMin", "NonZero", "OneHot", "Unique"})
 _SUBGRAPH = frozenset({"If", "Loop", "Scan"})
+_PIXEL_ELEMENTS = frozenset(
+    {
+        TensorProto.FLOAT,
+        TensorProto.FLOAT16,
+        TensorProto.DOUBLE,
+        TensorProto.UINT8,
+        TensorProto.INT8,
+        TensorProto.UINT16,
+        TensorProto.INT16,
+        TensorProto.INT32,
+        TensorProto.INT64,
+    }
+)
 _FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 _BYTES = frozenset({TensorProto.UINT8, TensorProto.INT8})
 
@@ -133,6 +146,21 @@ def declared_input_shape(model: ModelProto) -> tuple[int, ...]:
     """The declared shape of the input, -1 for free dimensions; () when the model declares none."""
     shape = model_input(model).type.tensor_type.shape
     return tuple(size.dim_value if size.HasField("dim_value") and size.dim_value > 0 else -1 for size in shape.dim)
+
+
+def input_element(model: ModelProto) -> np.dtype[Any]:
+    """The type of the input's values.
+
+    Raises:
+        SubjectError: images are no such values.
+    """
+    element = model_input(model).type.tensor_type.elem_type
+    if element not in _PIXEL_ELEMENTS:
+        raise SubjectError(
+            f"The model's input is of type {TensorProto.DataType.Name(element)}, and not of floats or integers. "
+            "Wrap it so that it takes float32 pixels, and log it again."
+        )
+    return np.dtype(helper.tensor_dtype_to_np_dtype(element))
 
 
 def choose_onnx_taps(model: ModelProto) -> tuple[Tap, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from audit_plugin.errors import ExportError
@@ -96,6 +97,19 @@ class Session:
         except Exception as error:  # see __init__
             raise ExportError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
         return values
+
+
+def serialised(model: onnx.ModelProto) -> bytes:
+    """A model in ONNX's own format.
+
+    Raises:
+        ExportError: it is larger than that format can be in one piece.
+    """
+    try:
+        content: bytes = model.SerializeToString()
+    except Exception as error:  # protobuf raises a class of its own
+        raise ExportError("With what a check adds to it, the model is larger than 2 GiB, the most that ONNX takes.") from error
+    return content
 
 
 def _first_line(error: Exception) -> str:

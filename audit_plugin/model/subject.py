@@ -16,7 +16,7 @@ from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.export import LOGITS, Exported, InBatches, PixelModel, export
 from audit_plugin.model.load import Network
 from audit_plugin.model.onnx_to_torch import OnnxModule
-from audit_plugin.model.runtime import Session
+from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.types import Flavour, FloatArray, ImageArray, InputSpec, LabelArray, SubjectSummary, TapParity
 
 PARITY_TOLERANCE = 1e-3
@@ -122,7 +122,7 @@ class Subject:
 
     def open_session(self, model: onnx.ModelProto) -> Session:
         """A session for a model derived from :attr:`onnx_model`, with the same provider and batch rules."""
-        return Session(model.SerializeToString(), batch_size=self.summary.batch_size, require_gpu=self.require_gpu)
+        return Session(serialised(model), batch_size=self.summary.batch_size, require_gpu=self.require_gpu)
 
 
 def prepare_subject(
@@ -136,7 +136,7 @@ def prepare_subject(
     exported: Exported = export(network, spec)
     if exported.module is not None:
         exported.module.requires_grad_(False)
-    session = Session(exported.onnx_model.SerializeToString(), batch_size=network.batch_size, require_gpu=require_gpu)
+    session = Session(serialised(exported.onnx_model), batch_size=network.batch_size, require_gpu=require_gpu)
     summary = SubjectSummary(
         flavour=flavour,
         input_spec=spec,

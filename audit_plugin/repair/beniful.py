@@ -38,7 +38,8 @@ from torch.nn import functional
 from audit_plugin.checks.inversion import Budget, Goal, Patches, Perturbations, invert
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.benign_features import FEWEST_ROWS, BenignFeatures, Windows, fit_benign_features
+from audit_plugin.maths.rates import is_within
+from audit_plugin.model.benign_features import FEWEST_ROWS, BenignFeatures, averaged_features, fit_benign_features
 from audit_plugin.model.fine_tuning import (
     accuracy,
     batch_count,
@@ -121,7 +122,7 @@ class BenifulRepair(Repair):
             reached = accuracy(module, held_out, held_out_labels)
             history.append({"calibrate_accuracy": reached, "trigger_sizes": {trigger.family: trigger.size for trigger in found}})
             log.debug("Repair: %s", history[-1])
-            if kept is None or accuracy_before - reached <= self.accuracy_budget:
+            if kept is None or is_within(accuracy_before, reached, self.accuracy_budget):
                 kept = copy.deepcopy(module.state_dict())
             stand_ins += [trigger for trigger in found if trigger.size < natural.get(trigger.family, 0.0)]
         module.load_state_dict(kept or {})
@@ -158,10 +159,11 @@ class BenifulRepair(Repair):
                 "Give more clean images."
             )
         index = round(_DEPTH * (len(taps) - 1))
-        features = subject.session.collect(fit_split.images, taps[index])
-        windows = Windows.of(features.shape[1:])
+        windows, averaged = averaged_features(
+            subject.session, fit_split.images, taps[index], self.latent_size, subject.class_count
+        )
         fitted = fit_benign_features(
-            windows.average(features),
+            averaged,
             fit_split.labels,
             windows,
             subject.class_count,

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.mahalanobis import floored_deviation
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.maths.rates import is_within
 from audit_plugin.model.channel_mask import MASKED_LOGITS, append_masked_logits, with_channel_mask
 from audit_plugin.model.feature_maps import FeatureMap, last_feature_map
 from audit_plugin.model.reductions import L_INFINITY, append_norms
@@ -42,7 +43,6 @@ LOW_SUCCESS = 0.05
 """Attack success of the recovered triggers below which nothing more is pruned."""
 
 _MASKS_PER_PASS = 16
-_ROUNDING = 1e-9  # of a difference of two proportions
 
 MITIGATED = "the recovered triggers succeed in less than 5 %"
 OUT_OF_BUDGET = "the next channel would break the accuracy budget"
@@ -109,7 +109,7 @@ class NormPruning(Repair):
         """The channels to prune, a beginning of ``order``, and what ended it."""
         for count, predicted in enumerate(_predictions(subject, feature_map, order, trial.images), start=1):
             figures = trial.figures(predicted)
-            if before.accuracy - figures.accuracy > self.accuracy_budget + _ROUNDING:
+            if not is_within(before.accuracy, figures.accuracy, self.accuracy_budget):
                 if count == 1:
                     raise InapplicableError(
                         f"Nothing can be pruned: without channel {order[0]} of '{feature_map.layer}', whose norm rises most "

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.gate import VersionFacts, is_protected
 from audit_plugin.policy import GatePolicy, Policy
-from audit_plugin.registry import facts_of
+from audit_plugin.registry import facts_of, registered_version
 from audit_plugin.report.sanitise import clean_text
 from mlflow_plugins.prompts import CALLED_PROMPT, is_prompt
 
@@ -166,8 +166,7 @@ def _versions(client: MlflowClient, wanted: str | None, models: Mapping[str, Reg
         for number in range(1, highest + 1):
             if (name, str(number)) not in seen:
                 try:
-                    # The client's own method refuses what poses as a prompt.
-                    yield client._get_registry_client().get_model_version(name, str(number))
+                    yield registered_version(client, name, str(number))
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                         raise

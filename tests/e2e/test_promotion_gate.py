@@ -432,9 +432,16 @@ def test_a_waiver_works_shows_and_can_be_revoked(cli, client, make_version, poli
     assert client.get_model_version(version.name, "1").tags["audit.waived"].startswith("revoked")
 
 
-def test_a_waiver_that_is_too_long_does_not_work(cli, client, make_version):
+def test_a_waiver_that_is_too_long_is_refused_and_does_not_work(cli, client, make_version, tmp_path):
     version = make_version()
-    assert cli("waive", f"models:/{version.name}/1", "--by", "Ada", "--reason", "x", "--days", "8").returncode == 0
+    waive = ["waive", f"models:/{version.name}/1", "--by", "Ada", "--reason", "x", "--days", "8"]
+    told = cli(*waive)
+    assert told.returncode == 4
+    assert "maximum_waiver_days (7)" in told.stderr
+    assert "audit.waived" not in client.get_model_version(version.name, "1").tags
+    lax = tmp_path / "lax.toml"
+    lax.write_text("[gate]\nmaximum_waiver_days = 9", encoding="utf-8")
+    assert cli(*waive, "--policy", lax).returncode == 0  # the registry's policy decides
     refused(lambda: client.set_registered_model_alias(version.name, "champion", "1"), "no signed audit")
 
 

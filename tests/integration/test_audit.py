@@ -23,7 +23,7 @@ from audit_plugin import cli as command_line
 from audit_plugin.cli import auditing
 from audit_plugin.intake import inspect
 from audit_plugin.promotion import judge, load_suite
-from audit_plugin.registry import EXPERIMENT, LoggedReport, PinnedModel, fetch_images, log_report, pin
+from audit_plugin.registry import EXPERIMENT, LoggedReport, PinnedModel, fetch_images, log_report, pin, version_facts
 from audit_plugin.report import load, validate, write_report
 from audit_plugin.types import AuditReport, Decision, Reason, Verdict
 from audit_plugin.zoo.architectures import SmallCnn
@@ -70,7 +70,7 @@ def test_verdict_names_the_planted_class(document: dict) -> None:
 
 
 def test_report_says_how_to_repeat_the_audit(document: dict, demo: Demo) -> None:
-    assert f"run {demo.model_uris[1]} --clean {demo.clean_images}" in document["command"]
+    assert f"run {demo.model_uris[1]} --clean {demo.clean_images.name}" in document["command"]
     assert document["seed"] == 0
     assert document["policy_digest"].startswith("sha256:")
 
@@ -261,6 +261,18 @@ def test_words_added_below_the_note_stay(clean_audit: Audited, client: MlflowCli
     assert description.startswith(OWN_WORDS)
     assert description.endswith("Approved by *us*.")
     assert _blocks(description) == 1
+
+
+def test_a_version_that_a_tag_calls_a_prompt_is_found_as_any_other(demo: Demo, client: MlflowClient, tmp_path: Path) -> None:
+    name = "it's digits"
+    mlflow.register_model(client.get_model_version("digits-clean", "1").source, name)
+    latest = pin(f"models:/{name}/latest", tmp_path / "before").reference
+    client.set_model_version_tag(name, "1", "mlflow.prompt.is_prompt", "true")
+    client.set_registered_model_alias(name, "candidate", "1")
+    for uri in (f"models:/{name}/1", f"models:/{name}@candidate"):
+        found = pin(uri, tmp_path / uri[-1]).reference
+        assert (found.pinned_uri, found.digest) == (latest.pinned_uri, latest.digest)
+    assert version_facts(name, "1").name == name
 
 
 def test_description_without_room_is_left_alone(clean_audit: Audited, client: MlflowClient, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import mlflow
 import pytest
 
 from audit_plugin import cli as command_line
-from audit_plugin import sandbox
-from audit_plugin.cli import console, demonstrating
+from audit_plugin import publishing, registry, sandbox
+from audit_plugin.cli import auditing, console, demonstrating
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -101,3 +101,20 @@ def test_an_unknown_format_names_the_nearest(cli: Cli) -> None:
 def test_help_lists_every_format(cli: Cli) -> None:
     shown = " ".join(cli("run", "--help").stdout.replace("\u2502", " ").split())
     assert f"Any of {', '.join(command_line.FORMATS)}, by commas." in shown
+
+
+@pytest.mark.parametrize(
+    ("quick", "log", "logged"),
+    [(False, "auto", True), (True, "auto", False), (True, "always", True), (False, "never", False)],
+)
+def test_a_quick_audit_of_a_registered_model_is_logged_only_if_asked(
+    quick: bool, log: str, logged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the place of an audit that the gate counts."""
+    published: list[object] = []
+    monkeypatch.setattr(registry, "pin", lambda *arguments: SimpleNamespace(came_from_mlflow=True))
+    monkeypatch.setattr(registry, "check_server", lambda: None)
+    monkeypatch.setattr(publishing, "audit_pinned", lambda *arguments, **options: "the report")
+    monkeypatch.setattr(publishing, "publish", lambda report, suite: published.append(report))
+    auditing.audit_and_publish("models:/digits/3", "clean.npz", log=console.LogChoice(log), quick=quick)
+    assert published == (["the report"] if logged else [])

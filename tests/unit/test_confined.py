@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from audit_plugin import confined
-from audit_plugin.confined.jobs import AuditJob, RepairJob
+from audit_plugin.confined.jobs import RESULT_OF, AuditJob, GuardJob, InspectJob, PackageJob, RepairJob, resolved
 from audit_plugin.errors import CleanSetError, IntakeError, SandboxError
 from audit_plugin.policy import Policy, SandboxPolicy
 from audit_plugin.records import write_record
-from audit_plugin.types import AuditReport, Isolation, ModelRef, Verdict
+from audit_plugin.types import AuditReport, InputSpec, Isolation, ModelRef, Verdict
 from tests.unit.report.conftest import failing
 
 pytestmark = pytest.mark.usefixtures("real_sandbox", "taken_over")
@@ -31,6 +31,31 @@ def job(folder: Path, action: str, policy: Policy | None = None) -> AuditJob:
     (folder / "model").mkdir()
     write_record(failing(), folder / "clean")
     return AuditJob(MODEL, folder / "model", folder / "clean", policy or Policy(), 3, False, False, command=action)
+
+
+def test_relative_and_linked_paths_reach_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works in another folder, and sees only what it was given."""
+    asked = job(tmp_path, "verdict")
+    (tmp_path / "linked").symlink_to("clean")
+    monkeypatch.chdir(tmp_path)
+    for clean in ("clean", "linked"):
+        near = dataclasses.replace(asked, folder=Path("model"), clean=Path(clean))
+        assert confined.audit(near).decision.verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize("kind", RESULT_OF)
+def test_no_job_leaves_with_a_relative_path(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = AuditJob(MODEL, Path("model"), Path("a"), Policy(), 3, False, False, suspects=Path("b"))
+    jobs = {
+        AuditJob: common,
+        RepairJob: RepairJob(common, None, None, None),
+        GuardJob: GuardJob(common, 0.05, False),
+        PackageJob: PackageJob(Path("model"), {}, InputSpec(8, 8, 1), None, 4, False),
+        InspectJob: InspectJob(Path("model")),
+    }
+    found = resolved(jobs[kind])
+    assert confined._inputs(found) == [tmp_path / path for path in confined._inputs(jobs[kind])]
 
 
 def test_what_the_caller_knows_is_not_taken_from_the_child(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,14 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize(("section", "key", "default"), POLICY_KEYS, ids=lambda value: str(value))
 def test_every_policy_key_is_described_with_its_default(section: str, key: str, default: object) -> None:
-    shown = "not set" if default is None else f"`{default!r}`"
+    shown = "not set" if default is None else f"`{json.dumps(default)}`"  # as TOML writes it
     assert f"\n| `{key}` | {shown} | " in section_of(POLICY, f"[{section}]")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_no_brackets_that_rich_would_swallow(command: str) -> None:
+    helps = [getattr(parameter, "help", None) or "" for parameter in COMMANDS[command].params]
+    assert not [text for text in helps if re.search(r"\[[a-z_]+\]", text)]
 
 
 def test_the_policy_page_describes_no_other_keys() -> None:

@@ -10,7 +10,17 @@ import mlflow
 import pytest
 
 from audit_plugin.errors import RegistryError, UsageError
-from audit_plugin.registry import _download, _teaching, check_server, describe_tracking, fetch_images, pin, redacted
+from audit_plugin.registry import (
+    _download,
+    _is_fetched,
+    _quoted,
+    _teaching,
+    check_server,
+    describe_tracking,
+    fetch_images,
+    pin,
+    redacted,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +101,24 @@ def test_file_that_cannot_be_read_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where a folder should go", encoding="utf-8")
     with pytest.raises(RegistryError, match="cannot be read"):
         fetch_images("http://127.0.0.1:9/clean.npz", tmp_path / "blocked" / "images")
+
+
+@pytest.mark.parametrize(
+    ("path", "suspected", "named"),
+    [
+        ("report.html", None, True),
+        ("triggers/class_7.png", 7, True),
+        ("triggers/class_7_wave.png", 7, True),
+        ("triggers/class_77.png", 7, False),
+        ("triggers/class_8.png", 7, False),
+        ("triggers/class_8.png", None, False),
+    ],
+)
+def test_a_statement_names_few_files_however_many_classes_there_are(path: str, suspected: int | None, named: bool) -> None:
+    assert _is_fetched(path, suspected) is named
+
+
+def test_names_are_quoted_as_mlflow_reads_them() -> None:
+    assert [_quoted("digits"), _quoted("it's"), _quoted('6" screens')] == ["'digits'", '"it\'s"', "'6\" screens'"]
+    with pytest.raises(UsageError, match="quotes of both kinds"):
+        _quoted("it's 6\"")

@@ -89,6 +89,18 @@ def test_of_several_independent_checks_two_must_see_the_trigger(detected, expect
         assert "1 of 4 independent checks" in decision.reasons[0].message
 
 
+def test_only_checks_that_saw_the_trigger_are_said_to_confirm_at_the_threshold_where_they_did():
+    weak, strong = layerwise(3), layerwise(95, false_positives=5)
+    thresholds = (*weak.measurement.thresholds, *strong.measurement.thresholds)
+    twice = dataclasses.replace(weak, measurement=dataclasses.replace(weak.measurement, thresholds=thresholds))
+    decision = verdict(search(5), twice, layerwise(80, name="seeing"), layerwise(0, name="blind"))
+    assert decision.verdict is Verdict.FAIL
+    told = decision.reasons[-1].message
+    assert "layerwise flags 95.0% of them and 5.0% of clean images" in told
+    assert "seeing flags 80.0% of them" in told
+    assert "blind" not in told
+
+
 def test_a_check_that_did_not_measure_confirms_nothing():
     decision = verdict(search(5), layerwise(), Inapplicable("bad_expert", "too few images"))
     assert decision.verdict is Verdict.FAIL  # the one that measured sees it
@@ -187,6 +199,14 @@ def test_ordinary_pairs_pass_and_close_the_blind_spot():
     decision = verdict(search(39), layerwise(), pair(4.0))
     assert decision.verdict is Verdict.PASS
     assert decision.blind_spots == BLIND_SPOTS
+
+
+def test_sources_without_images_stay_a_blind_spot():
+    found = pair(4.0)
+    partial = dataclasses.replace(found, measurement=dataclasses.replace(found.measurement, classes_skipped=(1, 2, 5, 6, 8, 9)))
+    decision = verdict(search(39), layerwise(), partial)
+    assert decision.verdict is Verdict.PASS
+    assert "from 'b', 'c', 'f', 'g', 'i' and others, which have too few clean images" in decision.blind_spots[0]
 
 
 def test_pairs_do_not_stand_in_for_the_search_over_classes():

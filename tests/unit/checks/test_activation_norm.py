@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -188,3 +189,18 @@ def test_a_map_that_does_not_depend_on_the_image(make_subject):
 def test_too_many_channels(planted, monkeypatch):
     monkeypatch.setattr(activation_norm, "MOST_CHANNELS", CHANNELS - 1)
     refused(planted, smooth(30, 0), "has 8 channels")
+
+
+def test_without_enough_images_to_calibrate_it_measures_nothing(planted):
+    few = splits(planted)
+    few = dataclasses.replace(few, calibrate=CalibrateSplit(few.calibrate.images[:18], few.calibrate.labels[:18]))
+    with pytest.raises(InapplicableError, match=r"Nothing says above which score an input is suspicious: .*19"):
+        measure_scorer(
+            ActivationNormScorer(),
+            planted,
+            few,
+            np.random.default_rng(0),
+            stamped=stamp(smooth(100, 5)),
+            stamped_class=TARGET,
+            false_positive_rate=0.05,
+        )

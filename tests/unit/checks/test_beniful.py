@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from audit_plugin.checks import BenifulScorer, beniful
+from audit_plugin.checks import BenifulScorer
 from audit_plugin.checks.beniful import chosen_tap
 from audit_plugin.checks.measurement import measure_scorer
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.rates import auroc
+from audit_plugin.model import benign_features
 from audit_plugin.model.subject import prepare_subject
 from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
 from tests.planted import PlantedNetwork
@@ -119,7 +120,7 @@ def test_models_it_says_nothing_about(backdoored, make_subject, monkeypatch):
     flat = make_subject(nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, CLASSES)), 1, SIZE)
     with pytest.raises(InapplicableError, match="no intermediate block"):
         BenifulScorer().fit(flat, split, rng)
-    monkeypatch.setattr(beniful, "BYTES_LIMIT", 1024**2)
+    monkeypatch.setattr(benign_features, "BYTES_LIMIT", 1024**2)
     with pytest.raises(InapplicableError, match=r"of the 2048 features at 'tap_01.* GiB, more than the limit"):
         BenifulScorer().fit(backdoored, split, rng)
 

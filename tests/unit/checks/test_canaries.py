@@ -238,7 +238,9 @@ def test_triggers_keep_shape_and_range_and_change_every_image(family, shape):
         (made_up(3, 1.9), "not clearly apart from the model's own classes (2.0 is)"),
         (made_up(3, 8.0, success=79), "The recovered trigger moves only 79.0% of held-out images."),
         (made_up(3, 4.0, others=5.0), "Another class needs a smaller trigger."),
-        (made_up(3, 8.0, outlier=0.0), "too few working triggers"),
+        (made_up(3, 8.0, others=0.0), "too few working triggers"),
+        (made_up(3, 0.0), "Another class needs a smaller trigger."),
+        (made_up(3, 0.9, outlier=-0.4), "Another class needs a smaller trigger."),
     ],
 )
 def test_a_canary_is_found_where_it_comes_first_and_clearly_apart(search, reason):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from audit_plugin.maths.rates import auroc, quantile_threshold, rate, rate_of
+from audit_plugin.maths.rates import auroc, is_within, quantile_threshold, rate, rate_of
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -87,3 +87,12 @@ def test_auroc_of_what_is_apart_and_of_what_is_alike():
 def test_auroc_needs_scores_of_both_kinds(negatives, positives):
     with pytest.raises(ValueError, match=f"scores of both kinds, got {negatives} and {positives}"):
         auroc(np.zeros(negatives, np.float32), np.zeros(positives, np.float32))
+
+
+def test_a_fall_of_exactly_the_budget_is_within_it():
+    for number in range(11, 101):
+        for dtype in (float, np.float32):
+            before, after, less = (float(dtype(count / 100)) for count in (number, number - 3, number - 4))
+            assert is_within(before, after, 0.03)
+            assert not is_within(before, less, 0.03)
+    assert is_within(0.5, 0.9, 0.0)

@@ -500,6 +500,15 @@ def test_other_sites_cannot_make_the_server_hash(client, monkeypatch):
     monkeypatch.setattr(server, "artifact_digest", lambda location: pytest.fail("hashed"))
     assert compare(client, "signs", 1, **{"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert compare(client, "signs", 1, **{"Sec-Fetch-Site": "same-site"}).status_code == 403
+    for foreign in ("http://evil.example", "http://localhost:81", "null"):  # over plain HTTP there is no Sec-Fetch-Site
+        assert compare(client, "signs", 1, Origin=foreign).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://localhost"}, {"Origin": "https://mlflow", "Sec-Fetch-Site": "same-origin"}]
+)
+def test_the_page_itself_may_ask_also_behind_a_proxy(client, headers):
+    assert compare(client, "signs", 1, **headers).status_code == 200
 
 
 def test_one_comparison_at_a_time(client):

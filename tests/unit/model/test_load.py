@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torchvision
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from audit_plugin.errors import AuditError, IntakeError, SubjectError
@@ -18,7 +20,7 @@ from audit_plugin.model.input_spec import open_shape, resolve_input_spec
 from audit_plugin.model.load import Network, load_network
 from audit_plugin.model.subject import Subject, check_parity, prepare_subject
 from audit_plugin.policy import ModelPolicy
-from audit_plugin.types import Intake
+from audit_plugin.types import InputSpec, Intake
 
 Load = Callable[..., Network]
 SIZE = 8
@@ -426,6 +428,12 @@ def test_state_dict_that_lacks_something_says_what(resnet: tuple[nn.Module, Path
     assert "\n" not in str(caught.value)
 
 
+def test_state_dict_whose_keys_are_no_text_is_refused(tmp_path: Path) -> None:
+    torch.save({1: torch.zeros(3, 3), "b": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(AuditError, match="does not fit torchvision's resnet18"):
+        load_weights(tmp_path, architecture="resnet18", **IMAGE)
+
+
 # ------------------------------------------------------------------------------------------------------------ ONNX
 
 
@@ -443,3 +451,55 @@ def test_onnx_model_has_the_taps_and_answers_of_the_torch_one(tmp_path: Path, ba
     subject = subject_of(network)
     assert len(subject.summary.taps) == 2
     assert_same_answers(subject, Tiny(), pictures(6))
+
+
+@pytest.mark.parametrize(
+    ("element", "high", "tolerance"),
+    [(TensorProto.UINT8, 255.0, 1e-6), (TensorProto.INT32, 255.0, 1e-6), (TensorProto.FLOAT16, 1.0, 5e-3)],
+)
+def test_onnx_models_of_other_inputs_than_float32_answer_as_they_do_themselves(
+    element: int, high: float, tolerance: float, tmp_path: Path
+) -> None:
+    """Half precision is compared with half precision, rounded at other places: 11 bits, a few operations."""
+    computed = element if element == TensorProto.FLOAT16 else TensorProto.FLOAT
+    kind = helper.tensor_dtype_to_np_dtype(computed)
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array((rng.normal(size=(4, 3, 3, 3)) * 0.1).astype(kind), "kernels"),
+        numpy_helper.from_array(rng.normal(size=(4 * SIZE * SIZE, 5)).astype(kind), "matrix"),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["values"], to=computed),
+        helper.make_node("Conv", ["values", "kernels"], ["maps"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["maps"], ["features"]),
+        helper.make_node("Flatten", ["features"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "matrix"], ["logits"]),
+    ]
+    given = helper.make_tensor_value_info("images", element, ["n", 3, SIZE, SIZE])
+    answer = helper.make_tensor_value_info("logits", computed, ["n", 5])
+    graph = helper.make_graph(nodes, "classifier", [given], [answer], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "model.onnx")
+    subject = prepare_subject(
+        load_network(tmp_path / "model.onnx", inspect(tmp_path)),
+        InputSpec(SIZE, SIZE, 3, high=high),
+        flavour="onnx",
+        class_names=tuple("abcde"),
+    )
+    images = rng.integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
+    own = images.transpose(0, 3, 1, 2) * (high / 255.0)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (expected,) = session.run(None, {"images": own.astype(helper.tensor_dtype_to_np_dtype(element))})
+    np.testing.assert_allclose(subject.logits(images), expected.astype(np.float32), atol=tolerance * np.abs(expected).max())
+
+
+def test_onnx_models_that_take_text_are_told_what_an_image_is(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["values"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["values"], ["y"]),
+    ]
+    given = helper.make_tensor_value_info("images", TensorProto.STRING, ["n", 3, 2, 2])
+    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 12])
+    graph = helper.make_graph(nodes, "reader", [given], [answer])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "model.onnx")
+    with pytest.raises(AuditError, match="STRING"):
+        load_network(tmp_path / "model.onnx", inspect(tmp_path))
