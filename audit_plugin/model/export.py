@@ -10,10 +10,12 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper
@@ -23,6 +25,8 @@ from audit_plugin.errors import ExportError, InapplicableError
 from audit_plugin.model.load import Network
 from audit_plugin.model.onnx_graph import choose_onnx_taps, expose
 from audit_plugin.model.onnx_to_torch import OnnxModule
+from audit_plugin.model.runtime import Session, serialised
+from audit_plugin.model.taps import Tap
 from audit_plugin.model.torch_graph import choose_graph_taps, with_taps
 from audit_plugin.types import InputSpec
 
@@ -100,6 +104,9 @@ class InBatches(nn.Module):
 
 def _export_torch(graph: fx.GraphModule, network: Network, spec: InputSpec) -> Exported:
     taps = choose_graph_taps(graph)
+    inner, own_shape = with_taps(graph, taps), network.input_shape[1:]
+    with torch.no_grad():
+        taps = _row_an_image(taps, network, lambda count: inner(torch.zeros(count, *own_shape)))
     module = PixelModel(with_taps(graph, taps), spec, probabilities=network.gives_probabilities).eval()
     example = torch.rand(network.batch_size or 4, spec.channels, spec.height, spec.width)
     dynamic = None if network.batch_size else ({0: torch.export.Dim("batch", min=1)},)
@@ -118,6 +125,10 @@ def _export_torch(graph: fx.GraphModule, network: Network, spec: InputSpec) -> E
 def _export_onnx(model: onnx.ModelProto, network: Network, spec: InputSpec) -> Exported:
     taps = choose_onnx_taps(model)
     exposed = expose(model, taps, spec)
+    session, shape = Session(serialised(exposed)), (spec.channels, spec.height, spec.width)
+    rows = _row_an_image(taps, network, lambda count: session.run(np.zeros((count, *shape), np.float32)).values())
+    if rows != taps:
+        taps, exposed = rows, expose(model, rows, spec)
     if network.gives_probabilities:
         append_logarithm(exposed)
     names = tuple(tap.name for tap in taps)
@@ -126,6 +137,21 @@ def _export_onnx(model: onnx.ModelProto, network: Network, spec: InputSpec) -> E
     except InapplicableError as error:
         return Exported(exposed, names, None, str(error))
     return Exported(exposed, names, _for_any_batch(module, network.batch_size))
+
+
+def _row_an_image(taps: Sequence[Tap], network: Network, run: Callable[[int], Iterable[Any]]) -> tuple[Tap, ...]:
+    """Those whose first axis is the image: a transformer may put its tokens there, and nobody can tell whose such values are.
+
+    Args:
+        run: the values of all taps, and perhaps more, for so many images.
+    """
+    kept = list(taps)
+    for count in (network.batch_size,) if network.batch_size else (2, 3):
+        lengths = {tap: len(value) if value.ndim else 0 for tap, value in zip(taps, run(count), strict=False)}
+        kept = [tap for tap in kept if lengths[tap] == count]
+    if len(kept) < len(taps):
+        log.info("%d of %d layers are left out, because their first axis is not the image.", len(taps) - len(kept), len(taps))
+    return tuple(kept)
 
 
 def _for_any_batch(module: nn.Module, batch_size: int | None) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,12 +15,15 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from audit_plugin.errors import ExportError
+from audit_plugin.intake import inspect
+from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.export import LOGITS, PIXELS
-from audit_plugin.model.load import Network, _probe
+from audit_plugin.model.load import Network, _probe, load_network
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject, check_parity, prepare_subject
 from audit_plugin.model.torch_graph import plain_graph
 from audit_plugin.types import InputSpec
+from tests.conftest import network_of as network_of_shape
 
 
 def network_of(module: nn.Module, size: int, channels: int = 3) -> Network:
@@ -132,6 +136,41 @@ def test_in_place_operations_do_not_overwrite_taps(in_place: Subject) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- normalisation
+
+
+class TokensFirst(nn.Module):
+    """Patches, two layers on (tokens, N, channels), and the mean over tokens: the usual layout of nn.TransformerEncoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = torch.relu(self.patches(pixels)).flatten(2).permute(2, 0, 1)
+        tokens = torch.relu(self.second(torch.relu(self.first(tokens))))
+        logits: torch.Tensor = self.head(tokens.mean(0))
+        return logits
+
+
+@pytest.mark.parametrize("batch", [None, 5])
+@pytest.mark.parametrize("as_onnx", [False, True])
+def test_layers_that_put_tokens_first_are_left_out(batch: int | None, as_onnx: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, images = TokensFirst().eval(), pictures(7, 16)
+    network = network_of_shape(module, (3, 16, 16), batch)
+    if as_onnx:
+        dynamic = None if batch else ({0: torch.export.Dim("batch")},)
+        program = torch.onnx.export(module, (torch.rand(batch or 4, 3, 16, 16),), dynamic_shapes=dynamic, dynamo=True)
+        assert program is not None
+        program.save(tmp_path / "model.onnx")
+        network = load_network(tmp_path / "model.onnx", inspect(tmp_path))
+    subject = prepare_subject(network, InputSpec(16, 16, 3), flavour="onnx", class_names=tuple("abcde"))
+    assert len(subject.summary.taps) == 1, subject.summary.taps  # the patches
+    check_parity(subject, images)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(to_pixels(images))).numpy()
+    np.testing.assert_allclose(subject.logits(images), expected, atol=1e-5)
 
 
 class Passing(nn.Module):
