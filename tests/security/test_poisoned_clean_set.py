@@ -37,7 +37,7 @@ Poisoning = Callable[[ImageArray, LabelArray, np.random.Generator], tuple[ImageA
 @pytest.fixture(scope="module")
 def backdoored() -> nn.Module:
     data = ATTACK.poison(digits(seed=0).train, np.random.default_rng(0))
-    return train(initialised(lambda: SmallCnn(channels=1, classes=10), 0), data, epochs=20, seed=0).eval()
+    return train(initialised(lambda: SmallCnn(channels=1, classes=10, width=12), 0), data, epochs=20, seed=0).eval()
 
 
 def broken(network: nn.Module, images: ImageArray, labels: LabelArray) -> set[str]:
