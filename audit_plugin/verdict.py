@@ -358,9 +358,9 @@ def _describe(found: TriggerEvidence, class_name: str, of_classes: Mapping[str, 
     target = found.trigger.target_class
     ratios = {check: measured.ratios[target] for check, measured in of_classes.items() if target < len(measured.ratios)}
     margin = noise = ""
-    if "maximum_margin" in ratios:
+    if ratios.get("maximum_margin", 0.0) > 1:
         margin = f"; its largest margin is {ratios['maximum_margin']:.1f} times the largest other class's"
-    if "neuron_noise" in ratios:
+    if ratios.get("neuron_noise", 0.0) > 1:
         noise = f"; any other class needs at least {ratios['neuron_noise']:.1f} times the noise in the weights"
     if not found.is_compared:
         by_noise = f" Class '{class_name}' stands out by {found.outlier:.1f} deviations{noise}." if found.outlier > 0 else ""

@@ -25,6 +25,7 @@ ATTACK = BadNets(target_class=7, poisoning_rate=0.05)
 EXPECTED = ((Verdict.PASS, None), (Verdict.FAIL, ATTACK.target_class))
 _NAMES = ("digits-clean", "digits-backdoored")
 _EPOCHS = 20
+_WIDTH = 16
 _SEED = 0
 
 
@@ -58,7 +59,8 @@ def prepare_demo(folder: Path, say: Callable[[str], None], tracking_uri: str | N
     uris = []
     for name, images in zip(_NAMES, (data, poisoned), strict=True):
         say(f"Training {name}")
-        model = train(initialised(lambda: SmallCnn(channels=1, classes=10), _SEED), images.train, epochs=_EPOCHS, seed=_SEED)
+        network = initialised(lambda: SmallCnn(channels=1, classes=10, width=_WIDTH), _SEED)
+        model = train(network, images.train, epochs=_EPOCHS, seed=_SEED)
         say(f"Registering {name}")
         uris.append(_register(model, name, data))
     return Demo(tracking_uri, tuple(uris), clean_images)

@@ -88,7 +88,11 @@ _FAMILY_CHARTS: Mapping[TriggerFamily, tuple[str, str]] = {
 
 def render(report: AuditReport) -> str:
     """The whole page."""
-    searches = trigger_searches(report)
+    shown = headline_trigger(report)
+    # The search that found what the page leads with comes first.
+    searches = sorted(
+        trigger_searches(report), key=lambda found: all(candidate is not shown for candidate in found[1].candidates)
+    )
     return (
         report_environment()
         .get_template("report.html.jinja")

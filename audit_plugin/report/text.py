@@ -30,7 +30,7 @@ from audit_plugin.report.wording import (
 from audit_plugin.types import AuditReport, InputScores, Measured, Rate, TriggerEvidence, Verdict, class_measurements
 
 MOST_LINES = 25
-LINE_WIDTH = 260
+LINE_WIDTH = 420
 LONGEST_COMMAND = 1000
 _LONGEST_URI = 200
 MARKDOWN_LIMIT = 1500

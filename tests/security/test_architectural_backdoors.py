@@ -331,7 +331,9 @@ def test_names_of_nodes_are_shown_harmlessly(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     """A clean digit classifier."""
-    return train(initialised(lambda: SmallCnn(channels=1, classes=10, width=12), 0), digits(seed=0).train, epochs=20, seed=0).eval()
+    return train(
+        initialised(lambda: SmallCnn(channels=1, classes=10, width=12), 0), digits(seed=0).train, epochs=20, seed=0
+    ).eval()
 
 
 @pytest.fixture(scope="module")
