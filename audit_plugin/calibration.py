@@ -214,7 +214,7 @@ def statistics_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
         threshold.detection_rate.value - threshold.false_positive_rate.value
         for scores in measurements
         if isinstance(scores, InputScores)
-        for threshold in scores.thresholds[:1]  # the one that decides
+        for threshold in scores.thresholds[:1]  # the one that flags suspect inputs
         if threshold.detection_rate is not None
     ]
     found = {"trigger_outlier": max(candidate.outlier for candidate in search.candidates)}

@@ -165,7 +165,7 @@ def _row(document: Mapping[str, Any]) -> dict[str, float | str]:
 
 
 def _scorer_figures(measurement: Mapping[str, Any]) -> dict[str, float]:
-    """Of the threshold that decides, which is the first."""
+    """At the first threshold, which flags suspect inputs."""
     first: Mapping[str, Any] = next(iter(measurement["thresholds"]), {})
     return {
         "false_positive_rate": _rate(first.get("false_positive_rate")),

@@ -29,6 +29,7 @@ from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._model_registry.client import ModelRegistryClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from audit_plugin import confined
@@ -168,13 +169,13 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 client.log_text(run_id, envelope, ATTESTATION_FILE)
             if model.name is not None and model.version is not None:
                 if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
-                    client.set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
+                    _versions(client).set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
                 tags = {**_tags(report), "audit.run_id": run_id}
                 _tag_version(client, model.name, model.version, tags, signed=envelope is not None)
                 _describe_version(client, report, model.name, model.version, page)
             if model.name is not None and model.version is not None:
                 # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
-                client.set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
+                _versions(client).set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
             client.set_terminated(run_id)
         except BaseException:
             with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
@@ -201,7 +202,6 @@ def _attestation(client: MlflowClient, report: AuditReport, files: Path, promoti
         "tool_version": report.tool_version,
         "run_id": run_id,
         "files": {entry.path: entry.sha256 for entry in logged if _is_fetched(entry.path, suspected)},
-        "files_digest": digest_of(logged),
     }
     tags = {**_tags(report), "audit.run_id": run_id}
     version = facts_of(registered_version(client, model.name, model.version))
@@ -224,9 +224,15 @@ def version_facts(name: str, version: str) -> VersionFacts:
 
 
 def registered_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
-    """A version as it is now, also where a tag, which any client can set, makes MLflow's own method take it for a prompt."""
-    registered: ModelVersion = client._get_registry_client().get_model_version(name, version)
+    """A version as it is now, also one that a tag calls a prompt."""
+    registered: ModelVersion = _versions(client).get_model_version(name, version)
     return registered
+
+
+def _versions(client: MlflowClient) -> ModelRegistryClient:
+    """What the client itself speaks through. Its own methods refuse whatever a tag, which anybody can set, calls a prompt."""
+    inner: ModelRegistryClient = client._get_registry_client()
+    return inner
 
 
 def facts_of(registered: ModelVersion) -> VersionFacts:
@@ -251,10 +257,10 @@ def put_statement(statement: Statement, signer: CryptoSigner) -> None:
     """
     with _teaching(statement.uri):
         check_server()
-        client = MlflowClient()
-        client.set_model_version_tag(statement.name, statement.version, TAG_OF[statement.kind], sign(statement, signer))
+        versions = _versions(MlflowClient())
+        versions.set_model_version_tag(statement.name, statement.version, TAG_OF[statement.kind], sign(statement, signer))
         for key, value in statement.tags.items():
-            client.set_model_version_tag(statement.name, statement.version, key, value)
+            versions.set_model_version_tag(statement.name, statement.version, key, value)
 
 
 def promote(name: str, version: str, alias: str) -> None:
@@ -265,7 +271,7 @@ def promote(name: str, version: str, alias: str) -> None:
     """
     with _teaching(f"models:/{name}/{version}"):
         check_server()
-        MlflowClient().set_registered_model_alias(name, alias, version)
+        _versions(MlflowClient()).set_registered_model_alias(name, alias, version)
 
 
 def fetch_report_files(attestation: Statement, names: Collection[str], destination: Path) -> tuple[Path, ...]:
@@ -468,7 +474,7 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
         name, version = _resolve_version(client, uri)
         registered = registered_version(client, name, version)
         name, version = registered.name, str(registered.version)  # '01' is version 1
-        location = client._get_registry_client().get_model_version_download_uri(name, version)
+        location = _versions(client).get_model_version_download_uri(name, version)
         pinned = f"models:/{name}/{version}"
         run_id, tags = registered.run_id or None, {key: str(value) for key, value in registered.tags.items()}
         source = re.fullmatch(r"models:/(m-[0-9a-f]+)", registered.source or "")
@@ -490,7 +496,9 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
 def _model_of_run(client: MlflowClient, run_id: str, name: str) -> LoggedModel | None:
     """The latest model that a run logged under ``name``; None for plain run artifacts, as MLflow 2 wrote them."""
     experiment = client.get_run(run_id).info.experiment_id
-    wanted = f"name = {_quoted(name)} AND source_run_id = {_quoted(run_id)}"
+    if "'" in name:
+        return None  # no logged model may be called so
+    wanted = f"name = '{name}' AND source_run_id = '{run_id}'"
     models = client.search_logged_models(experiment_ids=[experiment], filter_string=wanted)
     return max(models, key=lambda model: int(model.creation_timestamp), default=None)
 
@@ -510,9 +518,12 @@ def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
     """The number behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
     name, version, alias = _name_and_version(uri)
     if alias:
-        return name, str(client._get_registry_client().get_model_version_by_alias(name, alias).version)
+        return name, str(_versions(client).get_model_version_by_alias(name, alias).version)
     if version == "latest":
         versions = client.search_model_versions(f"name = {_quoted(name)}")
+        if not versions:  # a prompt's tag on one version hides all from the search
+            with suppress(MlflowException):
+                versions = _versions(client).get_latest_versions(name)
         if not versions:
             raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
         return name, str(max(int(entry.version) for entry in versions))
@@ -646,10 +657,10 @@ def _tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[st
     present = registered_version(client, name, version).tags
     for key in (VERDICT_TAG, "audit.suspected_class"):
         if key in present and not (signed and present[key] == tags.get(key)):
-            client.delete_model_version_tag(name, version, key)
+            _versions(client).delete_model_version_tag(name, version, key)
     for key, value in tags.items():
         if key != VERDICT_TAG:
-            client.set_model_version_tag(name, version, key, value)
+            _versions(client).set_model_version_tag(name, version, key, value)
 
 
 def _describe_version(client: MlflowClient, report: AuditReport, name: str, version: str, page: str | None) -> None:
@@ -661,7 +672,7 @@ def _describe_version(client: MlflowClient, report: AuditReport, name: str, vers
     if len(written) > _DESCRIPTION_LIMIT:
         log.warning("The description of %s version %s has no room for the audit's summary; it was left as it is.", name, version)
         return
-    client.update_model_version(name, version, written)
+    _versions(client).update_model_version(name, version, written)
 
 
 def _log_file(

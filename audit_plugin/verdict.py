@@ -394,7 +394,7 @@ def _detections(outcomes: Sequence[Outcome], policy: VerdictPolicy) -> str:
             threshold = _confirming_threshold(outcome.measurement, policy)
             if threshold is not None and threshold.detection_rate is not None:
                 texts.append(
-                    f"{outcome.check} flags {_percent(threshold.detection_rate)} of them and "
+                    f"{outcome.check} ({threshold.rule}) flags {_percent(threshold.detection_rate)} of them and "
                     f"{_percent(threshold.false_positive_rate)} of clean images"
                 )
     return "; ".join(texts)

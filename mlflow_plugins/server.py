@@ -398,8 +398,9 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
     @page.post("/compare")
     def compare() -> Response:
         """Hash the files of a version and compare them with those that were audited."""
-        if not _is_own_request(request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin"), request.host):
-            abort(403, "Ask for this from the audit page itself.")
+        hosts = {request.host, request.headers.get("X-Forwarded-Host", request.host)}
+        if not _is_own_request(request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin"), hosts):
+            abort(403, "Ask for this from the audit page itself. A proxy before the server must pass the Host header on.")
         registry, _, version = visible_version()
         if not _COMPARING.acquire(blocking=False):
             abort(503, "A comparison is under way already. Try again in a minute.")
@@ -451,11 +452,11 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
     return page
 
 
-def _is_own_request(site: str | None, origin: str | None, host: str) -> bool:
-    """Whether no page of another site sent it. Over plain HTTP there is no Sec-Fetch-Site; behind a proxy the host may differ."""
+def _is_own_request(site: str | None, origin: str | None, hosts: Collection[str]) -> bool:
+    """Whether no page of another site sent it: that could set none of these headers. Plain HTTP has no Sec-Fetch-Site."""
     if site is not None:
         return site == "same-origin"
-    return origin is None or urlsplit(origin).netloc == host
+    return origin is None or urlsplit(origin).netloc in hosts
 
 
 def _compare(version: ModelVersion, requirements: Requirements) -> dict[str, Any]:

@@ -186,8 +186,7 @@ def waive(
         raise UsageError("A waiver says who answers for it and why: --by and --reason must not be empty.")
     if days <= 0 and not revoke:
         raise UsageError("--days must be positive.")
-    longest = load_policy(policy).gate.maximum_waiver_days
-    if days > longest and not revoke:
+    if not revoke and days > (longest := load_policy(policy).gate.maximum_waiver_days):
         raise UsageError(
             f"--days {days:g} is more than the policy's maximum_waiver_days ({longest:g}), so the registry would not count it. "
             "Make a shorter waiver, or give the registry's --policy."

@@ -28,7 +28,7 @@ from audit_plugin.model.onnx_to_torch import OnnxModule
 from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.taps import Tap
 from audit_plugin.model.torch_graph import choose_graph_taps, with_taps
-from audit_plugin.types import InputSpec
+from audit_plugin.types import FloatArray, InputSpec
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ LOGITS = "logits"
 PIXELS = "pixels"
 PROBABILITIES = "audit_probabilities"
 _SMALLEST_PROBABILITY = 1e-12
+_SAME_VALUE = 1e-3  # of the largest: another order of sums costs about 1e-6 a layer
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ class InBatches(nn.Module):
 
 def _export_torch(graph: fx.GraphModule, network: Network, spec: InputSpec) -> Exported:
     taps = choose_graph_taps(graph)
-    inner, own_shape = with_taps(graph, taps), network.input_shape[1:]
+    inner = with_taps(graph, taps)
     with torch.no_grad():
-        taps = _row_an_image(taps, network, lambda count: inner(torch.zeros(count, *own_shape)))
+        taps = _row_an_image(taps, network, network.input_shape[1:], lambda values: inner(torch.from_numpy(values)))
     module = PixelModel(with_taps(graph, taps), spec, probabilities=network.gives_probabilities).eval()
     example = torch.rand(network.batch_size or 4, spec.channels, spec.height, spec.width)
     dynamic = None if network.batch_size else ({0: torch.export.Dim("batch", min=1)},)
@@ -126,7 +127,7 @@ def _export_onnx(model: onnx.ModelProto, network: Network, spec: InputSpec) -> E
     taps = choose_onnx_taps(model)
     exposed = expose(model, taps, spec)
     session, shape = Session(serialised(exposed)), (spec.channels, spec.height, spec.width)
-    rows = _row_an_image(taps, network, lambda count: session.run(np.zeros((count, *shape), np.float32)).values())
+    rows = _row_an_image(taps, network, shape, lambda pixels: session.run(pixels).values())
     if rows != taps:
         taps, exposed = rows, expose(model, rows, spec)
     if network.gives_probabilities:
@@ -139,19 +140,34 @@ def _export_onnx(model: onnx.ModelProto, network: Network, spec: InputSpec) -> E
     return Exported(exposed, names, _for_any_batch(module, network.batch_size))
 
 
-def _row_an_image(taps: Sequence[Tap], network: Network, run: Callable[[int], Iterable[Any]]) -> tuple[Tap, ...]:
-    """Those whose first axis is the image: a transformer may put its tokens there, and nobody can tell whose such values are.
+def _row_an_image(
+    taps: Sequence[Tap], network: Network, shape: Sequence[int], run: Callable[[FloatArray], Iterable[Any]]
+) -> tuple[Tap, ...]:
+    """Those of which each row belongs to one image: a transformer may put its tokens first, and nobody can tell whose they are.
 
     Args:
-        run: the values of all taps, and perhaps more, for so many images.
+        shape: of an image.
+        run: the values of all taps, and perhaps more, for a batch of images.
     """
+    rng = np.random.default_rng(0)
     kept = list(taps)
     for count in (network.batch_size,) if network.batch_size else (2, 3):
-        lengths = {tap: len(value) if value.ndim else 0 for tap, value in zip(taps, run(count), strict=False)}
-        kept = [tap for tap in kept if lengths[tap] == count]
+        images = rng.random((count, *shape), dtype=np.float32)
+        others = np.concatenate([rng.random((1, *shape), dtype=np.float32), images[1:]])
+        for tap, value, changed in zip(taps, run(images), run(others), strict=False):
+            if tap in kept and not _is_row_an_image(np.asarray(value), np.asarray(changed), count):
+                kept.remove(tap)
     if len(kept) < len(taps):
-        log.info("%d of %d layers are left out, because their first axis is not the image.", len(taps) - len(kept), len(taps))
+        log.info("%d of %d layers are left out, because their rows are not the images.", len(taps) - len(kept), len(taps))
     return tuple(kept)
+
+
+def _is_row_an_image(value: FloatArray, changed: FloatArray, count: int) -> bool:
+    """Whether there is a row for each image, and all but the first stay where the first image changes."""
+    if value.ndim == 0 or len(value) != count:
+        return False
+    tolerance = _SAME_VALUE * max(float(np.abs(value).max(initial=0.0)), 1e-6)
+    return bool(np.allclose(value[1:], changed[1:], rtol=0.0, atol=tolerance))
 
 
 def _for_any_batch(module: nn.Module, batch_size: int | None) -> nn.Module:

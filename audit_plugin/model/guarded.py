@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
+from audit_plugin.errors import ExportError
 from audit_plugin.model.export import LOGITS, PIXELS, PROBABILITIES, append_logarithm, export
 from audit_plugin.model.load import Network
-from audit_plugin.model.onnx_graph import input_and_output, rename_values
+from audit_plugin.model.onnx_graph import input_and_output, input_element, rename_values
 from audit_plugin.model.reductions import append_flag
 from audit_plugin.types import FloatArray, InputSpec
 
@@ -34,7 +35,10 @@ def guarded_model(network: Network, append_to: Callable[..., onnx.ModelProto], t
 
     Raises:
         ExportError, SubjectError: see :func:`audit_plugin.model.export.export`.
+        ExportError: the network takes something else than float32.
     """
+    if isinstance(network.program, onnx.ModelProto) and (element := input_element(network.program)) != np.float32:
+        raise ExportError(f"A guard takes float32, and this model takes {element}, so a guard could not stand in for it.")
     # Without the clamp and the logarithm that an audit needs: the answer stays what it was.
     exported = export(dataclasses.replace(network, gives_probabilities=False), _own_scale(network.input_shape)).onnx_model
     answer = onnx.ValueInfoProto()

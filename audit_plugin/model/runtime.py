@@ -108,7 +108,9 @@ def serialised(model: onnx.ModelProto) -> bytes:
     try:
         content: bytes = model.SerializeToString()
     except Exception as error:  # protobuf raises a class of its own
-        raise ExportError("With what a check adds to it, the model is larger than 2 GiB, the most that ONNX takes.") from error
+        raise ExportError(
+            f"The model, with what is added to it, cannot be written as one ONNX graph, of 2 GiB at most: {_first_line(error)}"
+        ) from error
     return content
 
 

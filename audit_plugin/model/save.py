@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 
 from audit_plugin.errors import ExportError
 from audit_plugin.model.export import save
 from audit_plugin.model.load import Network
-from audit_plugin.types import ONNX_FILE, PT2_FILE, FloatArray
+from audit_plugin.model.onnx_graph import input_element
+from audit_plugin.types import ONNX_FILE, PT2_FILE
 
 _EXAMPLE_BATCH = 4  # torch.export makes a size of 1 a constant
 
 
-def example_input(network: Network) -> FloatArray:
-    """Zeros in the shape that the network takes: of its only batch size, else of four images."""
-    return np.zeros((network.batch_size or _EXAMPLE_BATCH, *network.input_shape[1:]), dtype=np.float32)
+def example_input(network: Network) -> NDArray[Any]:
+    """Zeros of the type and in the shape that the network takes: of its only batch size, else of four images."""
+    element = input_element(network.program) if isinstance(network.program, onnx.ModelProto) else np.dtype(np.float32)
+    return np.zeros((network.batch_size or _EXAMPLE_BATCH, *network.input_shape[1:]), dtype=element)
 
 
 def save_network(network: Network, folder: Path) -> Path:

@@ -427,7 +427,7 @@ def test_a_waiver_works_shows_and_can_be_revoked(cli, client, make_version, poli
     assert found.stdout.startswith(f"WAIVED  {uri}\n  waiver of Ada Lovelace until 2")
     assert "no signed audit" in found.stdout
     client.delete_registered_model_alias(version.name, "champion")
-    assert cli("waive", uri, "--by", "Ada", "--reason", "over", "--revoke").returncode == 0
+    assert cli("waive", uri, "--by", "Ada", "--reason", "over", "--revoke", "--policy", "gone.toml").returncode == 0
     refused(lambda: client.set_registered_model_alias(version.name, "champion", "1"), "no signed audit")
     assert client.get_model_version(version.name, "1").tags["audit.waived"].startswith("revoked")
 

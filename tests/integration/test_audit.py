@@ -20,10 +20,22 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from audit_plugin import cli as command_line
+from audit_plugin.attestation import SIGNING_KEY, generate_keys, signer_from_environment
 from audit_plugin.cli import auditing
 from audit_plugin.intake import inspect
 from audit_plugin.promotion import judge, load_suite
-from audit_plugin.registry import EXPERIMENT, LoggedReport, PinnedModel, fetch_images, log_report, pin, version_facts
+from audit_plugin.registry import (
+    EXPERIMENT,
+    LoggedReport,
+    PinnedModel,
+    fetch_images,
+    log_report,
+    pin,
+    promote,
+    put_statement,
+    statement_on,
+    version_facts,
+)
 from audit_plugin.report import load, validate, write_report
 from audit_plugin.types import AuditReport, Decision, Reason, Verdict
 from audit_plugin.zoo.architectures import SmallCnn
@@ -268,11 +280,15 @@ def test_a_version_that_a_tag_calls_a_prompt_is_found_as_any_other(demo: Demo, c
     mlflow.register_model(client.get_model_version("digits-clean", "1").source, name)
     latest = pin(f"models:/{name}/latest", tmp_path / "before").reference
     client.set_model_version_tag(name, "1", "mlflow.prompt.is_prompt", "true")
-    client.set_registered_model_alias(name, "candidate", "1")
-    for uri in (f"models:/{name}/1", f"models:/{name}@candidate"):
+    client.set_registered_model_tag(name, "mlflow.prompt.is_prompt", "true")
+    promote(name, "1", "candidate")
+    for uri in (f"models:/{name}/1", f"models:/{name}@candidate", f"models:/{name}/latest"):
         found = pin(uri, tmp_path / uri[-1]).reference
         assert (found.pinned_uri, found.digest) == (latest.pinned_uri, latest.digest)
-    assert version_facts(name, "1").name == name
+    keys = generate_keys(tmp_path / "keys")
+    signer = signer_from_environment({SIGNING_KEY: str(keys[0])})
+    put_statement(statement_on(version_facts(name, "1"), "waiver", latest.digest, {"audit.waived": "by Ada"}), signer)
+    assert version_facts(name, "1").tags["audit.waived"] == "by Ada"
 
 
 def test_description_without_room_is_left_alone(clean_audit: Audited, client: MlflowClient, tmp_path: Path) -> None:

@@ -96,8 +96,8 @@ def test_only_checks_that_saw_the_trigger_are_said_to_confirm_at_the_threshold_w
     decision = verdict(search(5), twice, layerwise(80, name="seeing"), layerwise(0, name="blind"))
     assert decision.verdict is Verdict.FAIL
     told = decision.reasons[-1].message
-    assert "layerwise flags 95.0% of them and 5.0% of clean images" in told
-    assert "seeing flags 80.0% of them" in told
+    assert "layerwise (tau = 2.5) flags 95.0% of them and 5.0% of clean images" in told
+    assert "seeing (tau = 2.5) flags 80.0% of them" in told
     assert "blind" not in told
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -75,3 +77,13 @@ def test_sources_without_images_are_left_out(make_subject):
     one = FitSplit(split.images[split.labels == 0], split.labels[split.labels == 0])
     with pytest.raises(InapplicableError, match="Fewer than two classes"):
         SourceSpecificInversion(steps=1).search(subject, one, np.random.default_rng(0))
+
+
+def test_classes_with_too_few_images_are_told_as_no_sources(make_subject):
+    fit = SPLITS.fit
+    kept = np.flatnonzero((fit.labels != 1) | (np.cumsum(fit.labels == 1) <= 2))  # two images of class 1
+    few = dataclasses.replace(SPLITS, fit=FitSplit(fit.images[kept], fit.labels[kept]))
+    search = SourceSpecificInversion(steps=5)
+    found = measure_probe(search, make_subject(Planted(False), 1, SIZE), few, np.random.default_rng(0))
+    assert found.classes_skipped == (1,)
+    assert any(candidate.trigger.target_class == 1 for candidate in found.candidates)

@@ -505,7 +505,12 @@ def test_other_sites_cannot_make_the_server_hash(client, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Origin": "http://localhost"}, {"Origin": "https://mlflow", "Sec-Fetch-Site": "same-origin"}]
+    "headers",
+    [
+        {"Origin": "http://localhost"},
+        {"Origin": "https://mlflow", "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "http://mlflow", "X-Forwarded-Host": "mlflow"},
+    ],
 )
 def test_the_page_itself_may_ask_also_behind_a_proxy(client, headers):
     assert compare(client, "signs", 1, **headers).status_code == 200

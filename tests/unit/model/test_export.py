@@ -153,7 +153,7 @@ class TokensFirst(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("batch", [None, 5])
+@pytest.mark.parametrize("batch", [None, 5, 16])  # there are 16 tokens
 @pytest.mark.parametrize("as_onnx", [False, True])
 def test_layers_that_put_tokens_first_are_left_out(batch: int | None, as_onnx: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)

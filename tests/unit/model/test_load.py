@@ -14,10 +14,12 @@ import torchvision
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from audit_plugin.errors import AuditError, IntakeError, SubjectError
+from audit_plugin.errors import AuditError, ExportError, IntakeError, SubjectError
 from audit_plugin.intake import inspect
+from audit_plugin.model.guarded import guarded_model
 from audit_plugin.model.input_spec import open_shape, resolve_input_spec
 from audit_plugin.model.load import Network, load_network
+from audit_plugin.model.save import example_input
 from audit_plugin.model.subject import Subject, check_parity, prepare_subject
 from audit_plugin.policy import ModelPolicy
 from audit_plugin.types import InputSpec, Intake
@@ -479,12 +481,12 @@ def test_onnx_models_of_other_inputs_than_float32_answer_as_they_do_themselves(
     answer = helper.make_tensor_value_info("logits", computed, ["n", 5])
     graph = helper.make_graph(nodes, "classifier", [given], [answer], weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "model.onnx")
-    subject = prepare_subject(
-        load_network(tmp_path / "model.onnx", inspect(tmp_path)),
-        InputSpec(SIZE, SIZE, 3, high=high),
-        flavour="onnx",
-        class_names=tuple("abcde"),
-    )
+    network = load_network(tmp_path / "model.onnx", inspect(tmp_path))
+    assert example_input(network).dtype == helper.tensor_dtype_to_np_dtype(element)
+    with pytest.raises(ExportError, match="A guard takes float32, and this model takes "):
+        guarded_model(network, pytest.fail, 0.0)
+    spec = InputSpec(SIZE, SIZE, 3, high=high)
+    subject = prepare_subject(network, spec, flavour="onnx", class_names=tuple("abcde"))
     images = rng.integers(0, 256, (6, SIZE, SIZE, 3), dtype=np.uint8)
     own = images.transpose(0, 3, 1, 2) * (high / 255.0)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
