@@ -18,6 +18,9 @@ What we do differently, and why:
 * No weight a layer: one notebook of the authors has one, the paper has none.
 * mu, sigma and the centroids come from the fit split, the quantile threshold from the calibrate split, every figure from the test
   split; the authors' calibration images stay in their test set.
+* The logits are no layer of interest, where there is another: that a triggered input has its target's logits is what the
+  attack is for, and the logits of misclassified clean images widen sigma. On networks that are right on 78 % of the images
+  the logits were the layer of interest of most classes, and 1 % of a BadNets backdoor's inputs were found instead of 99 %.
 * When LOI = floor(L/2)+1 the paper sums a layer it does not compute; we compute one layer more (from floor(L/2)-1). Layers
   before the first are left out of the sum.
 * A class with fewer than three clean images borrows LOI, mu and sigma from the other classes; one without any has a zero
@@ -129,9 +132,10 @@ def class_statistics(
     covered = np.bincount(labels, minlength=class_count) >= SMALLEST_CLASS
 
     lowest = max(layer_count // 2 + 1 - first, 1)  # the first candidate, as an index into the used layers
+    highest = max(used - 2, lowest)  # the last one: before the logits, if there is one
     gains = np.diff(mean_cosines, axis=1)
     interest = np.zeros(class_count, dtype=np.int64)
-    interest[covered] = gains[covered, lowest - 1 :].argmax(axis=1) + lowest
+    interest[covered] = gains[covered, lowest - 1 : highest].argmax(axis=1) + lowest
     interest[~covered] = np.bincount(interest[covered]).argmax()
 
     columns = np.arange(used)

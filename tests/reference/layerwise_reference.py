@@ -1,4 +1,5 @@
-"""The layer-wise method of Jebreel et al. 2023 in plain NumPy, one image at a time, written from the paper's text alone."""
+"""The layer-wise method of Jebreel et al. 2023 in plain NumPy, one image at a time, written from the paper's text alone,
+but for one departure: the logits are no layer of interest where there is another candidate."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class LayerwiseReference:
                 ]
                 for layer in self.layers
             }
-            candidates = [layer for layer in range(half + 1, total + 1) if layer - 1 in similarity]
+            candidates = [layer for layer in range(half + 1, total) if layer - 1 in similarity] or [total]  # logits at need alone
             gain = {layer: np.mean(similarity[layer]) - np.mean(similarity[layer - 1]) for layer in candidates}
             self.interest[label] = max(gain, key=gain.get)
             sums = [sum(similarity[layer][k] for layer in self.summed(label) if layer in similarity) for k in range(len(members))]

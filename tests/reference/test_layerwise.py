@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from audit_plugin.checks import LayerwiseScorer
+from audit_plugin.checks.layerwise import class_statistics
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.export import LOGITS
@@ -47,6 +48,16 @@ def test_layers_of_interest_agree(fitted):
     subject, _, check, reference = fitted
     layers = (*subject.summary.taps, LOGITS)
     assert check.facts["layer_of_interest_by_class"] == [layers[number - 1] for number in reference.interest.values()]
+
+
+@pytest.mark.parametrize(("mean_cosines", "interest"), [([0.1, 0.2, 0.4, 0.5, 0.9], 2), ([0.1, 0.9], 1)])
+def test_the_logits_are_of_interest_only_where_nothing_else_is(mean_cosines, interest):
+    count = len(mean_cosines)
+    cosines = np.tile(mean_cosines, (6, 1)) + 0.01 * np.random.default_rng(0).random((6, count))
+    found = class_statistics(cosines, np.zeros(6, np.int64), 1, layer_count=count, first=1)
+    assert found.layer_of_interest[0] == interest
+    summed = [max(interest - 2, 0) <= column <= interest for column in range(count)]
+    np.testing.assert_array_equal(found.weights[0], np.array(summed, np.float32))
 
 
 def test_scores_agree_on_new_images(fitted):
