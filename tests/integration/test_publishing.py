@@ -15,6 +15,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking._model_registry.client import ModelRegistryClient
 
 from audit_plugin.cli import auditing
 from audit_plugin.cli.console import LogChoice
@@ -190,7 +191,7 @@ def test_audit_that_is_half_logged_shows_no_verdict(
         raise MlflowException("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "update_model_version", refused)
+        patch.setattr(ModelRegistryClient, "update_model_version", refused)
         with pytest.raises(RegistryError, match="no room"):
             log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert "audit.verdict" not in _tags(client, registered)
