@@ -369,6 +369,7 @@ def judgement_of(report: AuditReport) -> Row:
         "flagged": report.decision.verdict is Verdict.FAIL,
         "verdict": str(report.decision.verdict),
         "reasons": [reason.code for reason in report.decision.reasons],
+        "not_measured": list(report.decision.not_measured),
         "suspected_class": of_class.trigger.target_class,
         "triggers": [
             {
