@@ -169,13 +169,13 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 client.log_text(run_id, envelope, ATTESTATION_FILE)
             if model.name is not None and model.version is not None:
                 if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
-                    _versions(client).set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
+                    registry_of(client).set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
                 tags = {**_tags(report), "audit.run_id": run_id}
                 _tag_version(client, model.name, model.version, tags, signed=envelope is not None)
                 _describe_version(client, report, model.name, model.version, page)
             if model.name is not None and model.version is not None:
                 # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
-                _versions(client).set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
+                registry_of(client).set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
             client.set_terminated(run_id)
         except BaseException:
             with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
@@ -225,11 +225,11 @@ def version_facts(name: str, version: str) -> VersionFacts:
 
 def registered_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
     """A version as it is now, also one that a tag calls a prompt."""
-    registered: ModelVersion = _versions(client).get_model_version(name, version)
+    registered: ModelVersion = registry_of(client).get_model_version(name, version)
     return registered
 
 
-def _versions(client: MlflowClient) -> ModelRegistryClient:
+def registry_of(client: MlflowClient) -> ModelRegistryClient:
     """What the client itself speaks through. Its own methods refuse whatever a tag, which anybody can set, calls a prompt."""
     inner: ModelRegistryClient = client._get_registry_client()
     return inner
@@ -257,7 +257,7 @@ def put_statement(statement: Statement, signer: CryptoSigner) -> None:
     """
     with _teaching(statement.uri):
         check_server()
-        versions = _versions(MlflowClient())
+        versions = registry_of(MlflowClient())
         versions.set_model_version_tag(statement.name, statement.version, TAG_OF[statement.kind], sign(statement, signer))
         for key, value in statement.tags.items():
             versions.set_model_version_tag(statement.name, statement.version, key, value)
@@ -271,7 +271,7 @@ def promote(name: str, version: str, alias: str) -> None:
     """
     with _teaching(f"models:/{name}/{version}"):
         check_server()
-        _versions(MlflowClient()).set_registered_model_alias(name, alias, version)
+        registry_of(MlflowClient()).set_registered_model_alias(name, alias, version)
 
 
 def fetch_report_files(attestation: Statement, names: Collection[str], destination: Path) -> tuple[Path, ...]:
@@ -474,7 +474,7 @@ def _pin_remote(uri: str, folder: Path) -> PinnedModel:
         name, version = _resolve_version(client, uri)
         registered = registered_version(client, name, version)
         name, version = registered.name, str(registered.version)  # '01' is version 1
-        location = _versions(client).get_model_version_download_uri(name, version)
+        location = registry_of(client).get_model_version_download_uri(name, version)
         pinned = f"models:/{name}/{version}"
         run_id, tags = registered.run_id or None, {key: str(value) for key, value in registered.tags.items()}
         source = re.fullmatch(r"models:/(m-[0-9a-f]+)", registered.source or "")
@@ -518,12 +518,12 @@ def _resolve_version(client: MlflowClient, uri: str) -> tuple[str, str]:
     """The number behind ``models:/name/version``, ``models:/name/latest`` or ``models:/name@alias``."""
     name, version, alias = _name_and_version(uri)
     if alias:
-        return name, str(_versions(client).get_model_version_by_alias(name, alias).version)
+        return name, str(registry_of(client).get_model_version_by_alias(name, alias).version)
     if version == "latest":
         versions = client.search_model_versions(f"name = {_quoted(name)}")
         if not versions:  # a prompt's tag on one version hides all from the search
             with suppress(MlflowException):
-                versions = _versions(client).get_latest_versions(name)
+                versions = registry_of(client).get_latest_versions(name)
         if not versions:
             raise RegistryError(f"No registered model '{name}' has a version.{_known_models(client, name)}")
         return name, str(max(int(entry.version) for entry in versions))
@@ -657,10 +657,10 @@ def _tag_version(client: MlflowClient, name: str, version: str, tags: Mapping[st
     present = registered_version(client, name, version).tags
     for key in (VERDICT_TAG, "audit.suspected_class"):
         if key in present and not (signed and present[key] == tags.get(key)):
-            _versions(client).delete_model_version_tag(name, version, key)
+            registry_of(client).delete_model_version_tag(name, version, key)
     for key, value in tags.items():
         if key != VERDICT_TAG:
-            _versions(client).set_model_version_tag(name, version, key, value)
+            registry_of(client).set_model_version_tag(name, version, key, value)
 
 
 def _describe_version(client: MlflowClient, report: AuditReport, name: str, version: str, page: str | None) -> None:
@@ -672,7 +672,7 @@ def _describe_version(client: MlflowClient, report: AuditReport, name: str, vers
     if len(written) > _DESCRIPTION_LIMIT:
         log.warning("The description of %s version %s has no room for the audit's summary; it was left as it is.", name, version)
         return
-    _versions(client).update_model_version(name, version, written)
+    registry_of(client).update_model_version(name, version, written)
 
 
 def _log_file(

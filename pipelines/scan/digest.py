@@ -21,6 +21,7 @@ from mlflow.utils.rest_utils import http_request
 
 from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import digest_of, manifest_of
+from audit_plugin.registry import registry_of
 from audit_plugin.types import FileEntry
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,7 @@ class Digests:
             return digest if is_digest else None
 
     def _fetched(self, name: str, version: str) -> str:
-        # The client's own method asks twice, and refuses what poses as a prompt.
-        location = self._client._get_registry_client().get_model_version_download_uri(name, version)
+        location = registry_of(self._client).get_model_version_download_uri(name, version)
         if urlparse(location).scheme in ("", "file"):
             manifest = manifest_of(Path(local_file_uri_to_path(location)))
         else:
