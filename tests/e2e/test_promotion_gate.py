@@ -19,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from audit_plugin import registry
 from audit_plugin.attestation import SIGNING_KEY, TAG_OF, VERIFYING_KEYS, Statement, generate_keys, sign, signer_from_environment
 from audit_plugin.registry import pin, promote, put_statement
+from audit_plugin.registry.registering import _new_version
 from audit_plugin.requirements import load_requirements
 
 pytestmark = pytest.mark.timeout(600)
@@ -499,7 +500,7 @@ def test_a_repaired_version_says_where_it_came_from_if_that_is_signed(client, ma
 
     def repaired():
         logged = original.source.removeprefix("models:/")
-        uri = registry._new_version(client, original.name, "repaired", origin, lambda *ids: logged, {"audit.classes": '["a"]'})
+        uri = _new_version(client, original.name, "repaired", origin, lambda *ids: logged, {"audit.classes": '["a"]'})
         return client.get_model_version(original.name, uri.rsplit("/", 1)[1]).tags
 
     tags = repaired()

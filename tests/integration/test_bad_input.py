@@ -239,7 +239,7 @@ def test_unreachable_tracking_server_is_said_within_seconds(refused: Refused, un
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long a server is waited for was measured above."""
-    monkeypatch.setattr("audit_plugin.registry._SERVER_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr("audit_plugin.registry.connection._SERVER_TIMEOUT_SECONDS", 0.5)
 
 
 @pytest.mark.usefixtures("impatient")

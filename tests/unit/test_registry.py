@@ -10,17 +10,10 @@ import mlflow
 import pytest
 
 from audit_plugin.errors import RegistryError, UsageError
-from audit_plugin.registry import (
-    _download,
-    _is_fetched,
-    _quoted,
-    _teaching,
-    check_server,
-    describe_tracking,
-    fetch_images,
-    pin,
-    redacted,
-)
+from audit_plugin.registry import check_server, describe_tracking, fetch_images, pin, redacted
+from audit_plugin.registry.connection import teaching
+from audit_plugin.registry.pinning import _quoted, download
+from audit_plugin.registry.reports import _is_fetched
 
 
 @pytest.mark.parametrize(
@@ -91,9 +84,9 @@ def test_server_behind_a_proxy_is_left_to_mlflow(monkeypatch: pytest.MonkeyPatch
 def test_artifact_store_that_does_not_answer_is_no_unreadable_file(location: str, tmp_path: Path) -> None:
     with (
         pytest.raises(RegistryError, match=r"The server that keeps models:/digits/1 does not answer") as caught,
-        _teaching("models:/digits/1"),
+        teaching("models:/digits/1"),
     ):
-        _download(location, tmp_path / "model")
+        download(location, tmp_path / "model")
     assert "secret" not in str(caught.value)
 
 
