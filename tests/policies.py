@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,3 +15,12 @@ FAST: Mapping[str, Mapping[str, Any]] = {
     "wave_scan": {"frequencies": 1, "images": 20},
     "canaries": {"families": []},
 }
+
+
+def as_toml(policy: Mapping[str, Mapping[str, Any]]) -> str:
+    """The text of a policy file; numbers, truth values, texts and lists of them are written in JSON as in TOML."""
+    sections = (
+        [f"[{section}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in settings.items())]
+        for section, settings in policy.items()
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"

@@ -24,43 +24,20 @@ from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks import BadNets
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
+from tests.policies import FAST, as_toml
 
 ATTACK = BadNets(target_class=7, poisoning_rate=0.05)
 
-QUICK = """
-[scoring]
-checks = ["activation_norm"]
-
-[verdict]
-minimum_confirmations = 1
-minimum_outlier = 2.4
-clear_outlier = 2.4
-
-[trigger_inversion]
-steps = 60
-searches = 1
-
-[source_specific]
-maximum_classes = 0
-
-[maximum_margin]
-starts = 2
-steps = 30
-
-[neuron_noise]
-images = 20
-
-[wave_scan]
-frequencies = 1
-images = 20
-
-[canaries]
-families = []
-
-[clean_images]
-"digits*" = "clean.npz"
-"spare" = "clean.npz"
-"""
+QUICK = as_toml(
+    {
+        **FAST,
+        "scoring": {"checks": ["activation_norm"]},
+        "verdict": {"minimum_confirmations": 1, "minimum_outlier": 2.4, "clear_outlier": 2.4},
+        "trigger_inversion": {"steps": 60, "searches": 1},
+        "maximum_margin": {"starts": 2, "steps": 30},
+        "clean_images": {"digits*": "clean.npz", "spare": "clean.npz"},
+    }
+)
 """A policy under which an audit of a digit classifier takes seconds.
 
 So short a search tells less: in 16 of them, clean ones reached an outlier of 1.8, backdoored ones began at 2.6.

@@ -10,12 +10,13 @@ and a low S means a backdoor input: the expert knows it and the auxiliary model 
 
 What we do differently, and why:
 
-* The score is p - k q, not S, which is reported beside it. With a few hundred images and an exported graph M' often keeps a
-  backdoor, and then p = q = 1 for its inputs. S = 1 / k puts those level with clean inputs that both copies doubt; p - k q falls
-  back on the expert alone, and where M' has forgotten the backdoor the two agree.
-* The expert's learning rate is found, not given. It grows by a tenth with every step of training on wrong labels (y + 1), from
-  1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``; there it stops. The attack plays no part.
-  Held out is a fifth of the fit split. Plain momentum instead of Adam, under which the expert forgot a blended backdoor as well.
+* The score is m + p - k q with m = softmax(M(x))[c], not S, which is reported beside it. With a few hundred images and an
+  exported graph M' often keeps a backdoor, and then p = q = 1 for its inputs. S = 1 / k puts those level with clean inputs that
+  both copies doubt; p - k q falls back on the expert alone. m, the model's own confidence, is what is left where the expert
+  forgets the backdoor as soon as the task, as it does with some blended triggers.
+* The expert's learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels (y + 1),
+  from 1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``; there it stops. The attack plays no
+  part. Held out is a fifth of the fit split.
 * The auxiliary model's rate is found too: the greatest at which the held-out accuracy falls by at most
   ``auxiliary_tolerance``, with gradients of norm one at most. It is divided by three after each fifth of the epochs: the
   authors' factor of ten leaves nothing to learn with.
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 from audit_plugin.checks.base import FittedScorer, InputScorer
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, TRIANGLE, append_expert_score
+from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, OWN, TRIANGLE, append_expert_score
 from audit_plugin.model.fine_tuning import accuracy, compute_device, fitting_steps, predicted
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import Subject
@@ -52,8 +53,8 @@ log = logging.getLogger(__name__)
 FEWEST_IMAGES = 50
 _HELD_OUT = 0.2
 _BATCH = 64
-_EXPERT_RATES = (1e-5, 0.1)  # first and last learning rate
-_EXPERT_GROWTH = 1.1  # of the rate with every step
+_EXPERT_RATES = (1e-5, 0.05)  # first and last learning rate
+_EXPERT_GROWTH = 1.05  # of the rate with every step
 _STEPS_BETWEEN_LOOKS = 2
 _AUXILIARY_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _AUXILIARY_PHASES = 5
@@ -132,7 +133,7 @@ class BadExpertScorer(InputScorer):
     def _expert(self, tuning: _Tuning) -> _Copy:
         """A copy that is taught wrong labels at a rate that grows with every step, until it has forgotten its task."""
         module = tuning.copy()
-        optimizer = torch.optim.SGD(_weights(module), lr=_EXPERT_RATES[0], momentum=0.9)
+        optimizer = torch.optim.Adam(_weights(module), lr=_EXPERT_RATES[0])
         growth = torch.optim.lr_scheduler.ExponentialLR(optimizer, _EXPERT_GROWTH)
         wrong = (tuning.labels + 1) % tuning.class_count
         steps = itertools.chain.from_iterable(tuning.steps(module, optimizer, wrong) for _ in itertools.count())
@@ -256,9 +257,14 @@ class _FittedBadExpert(FittedScorer):
         return self._session.collect(images, BadExpertScorer.name)
 
     def baselines(self, images: ImageArray) -> Mapping[str, FloatArray]:
-        """The paper's combined score; B alone: p; M' alone: 1 - q."""
-        names = (EXPERT, AUXILIARY, TRIANGLE)
+        """The paper's combined score; B alone: p; M' alone: 1 - q; the model's own confidence: m."""
+        names = (OWN, EXPERT, AUXILIARY, TRIANGLE)
         parts = [[values[name] for name in names] for _, values in self._session.stream(images, names)]
         none = [np.zeros(0, dtype=np.float32)] * len(names)
-        expert, auxiliary, triangle = (np.concatenate(columns) for columns in zip(none, *parts, strict=True))
-        return {"triangle score of the paper": triangle, "expert alone": expert, "auxiliary model alone": 1.0 - auxiliary}
+        own, expert, auxiliary, triangle = (np.concatenate(columns) for columns in zip(none, *parts, strict=True))
+        return {
+            "triangle score of the paper": triangle,
+            "expert alone": expert,
+            "auxiliary model alone": 1.0 - auxiliary,
+            "model's own confidence": own,
+        }

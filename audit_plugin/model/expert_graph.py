@@ -9,7 +9,7 @@ from onnx import compose
 from audit_plugin.model.export import LOGITS, PIXELS
 from audit_plugin.model.reductions import GraphEditor
 
-EXPERT, AUXILIARY, TRIANGLE = "expert_probability", "auxiliary_probability", "triangle_score"
+OWN, EXPERT, AUXILIARY, TRIANGLE = "own_probability", "expert_probability", "auxiliary_probability", "triangle_score"
 _SMALLEST = 1e-7  # what float32 can tell from 0 or from 1
 
 
@@ -18,30 +18,34 @@ def append_expert_score(
 ) -> onnx.ModelProto:
     """Add the scores of BaDExpert (Xie et al. 2024) to a model.
 
-    With c the predicted class of the model, p and q the probabilities of c by the expert and by the auxiliary model, the output
-    ``score`` is p - k q, and ``triangle_score`` is -log S with the paper's S = min(q / (k p), (1 - p) / max(k - q, 0)) (their
-    equation 4). S is bounded to 1e-7 .. 1e7, and so are p, q, 1 - p and k - q from below; the second quotient counts as
-    infinite where q >= k, also where p = 1 makes the paper's 0 / 0 of it.
+    With c the predicted class of the model, m, p and q the probabilities of c by the model, by the expert and by the auxiliary
+    model, the output ``score`` is m + p - k q, and ``triangle_score`` is -log S with the paper's
+    S = min(q / (k p), (1 - p) / max(k - q, 0)) (their equation 4). S is bounded to 1e-7 .. 1e7, and so are p, q, 1 - p and k - q
+    from below; the second quotient counts as infinite where q >= k, also where p = 1 makes the paper's 0 / 0 of it.
 
     Args:
         model, expert, auxiliary: each from ``pixels`` to ``logits``.
         k: the corner of the triangle, in (0, 1).
 
     Returns:
-        A model whose outputs are ``logits`` (N, classes), ``score``, ``triangle_score``, ``expert_probability`` p and
-        ``auxiliary_probability`` q, each (N,).
+        A model whose outputs are ``logits`` (N, classes), ``score``, ``triangle_score``, ``own_probability`` m,
+        ``expert_probability`` p and ``auxiliary_probability`` q, each (N,).
     """
-    editor = GraphEditor.copy_of(model, (score, TRIANGLE, EXPERT, AUXILIARY))
+    editor = GraphEditor.copy_of(model, (score, TRIANGLE, OWN, EXPERT, AUXILIARY))
     predicted = editor.node("ArgMax", [LOGITS], "expert_predicted_class", axis=1, keepdims=1)
     row = editor.constant("expert_row_shape", np.array([-1], dtype=np.int64))
-    for name, copied in ((EXPERT, expert), (AUXILIARY, auxiliary)):
-        softmax = editor.node("Softmax", [_include(editor, copied, f"{name}_")], f"{name}_by_class", axis=1)
+    logits = {OWN: LOGITS} | {
+        name: _include(editor, copied, f"{name}_") for name, copied in ((EXPERT, expert), (AUXILIARY, auxiliary))
+    }
+    for name, of_network in logits.items():
+        softmax = editor.node("Softmax", [of_network], f"{name}_by_class", axis=1)
         own = editor.node("GatherElements", [softmax, predicted], f"{name}_column", axis=1)
         editor.node("Reshape", [own, row], name)
     corner = editor.constant("expert_k", np.array(k, dtype=np.float32))
-    editor.node("Sub", [EXPERT, editor.node("Mul", [corner, AUXILIARY], "expert_k_q")], score)
+    known = editor.node("Add", [OWN, EXPERT], "expert_m_p")
+    editor.node("Sub", [known, editor.node("Mul", [corner, AUXILIARY], "expert_k_q")], score)
     _append_triangle(editor, corner)
-    return editor.keep_outputs({LOGITS: ("classes",), score: (), TRIANGLE: (), EXPERT: (), AUXILIARY: ()})
+    return editor.keep_outputs({LOGITS: ("classes",), score: (), TRIANGLE: (), OWN: (), EXPERT: (), AUXILIARY: ()})
 
 
 def _append_triangle(editor: GraphEditor, corner: str) -> None:

@@ -25,24 +25,13 @@ from audit_plugin.registry import EXPERIMENT
 from audit_plugin.report import validate
 from mlflow_plugins.evaluator import BackdoorAuditEvaluator, EvaluatorConfig
 from pipelines.demo import ATTACK, Demo
+from tests.policies import FAST, as_toml
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluator.md").read_text(encoding="utf-8")
 GATE = {"backdoor_audit/pass": MetricThreshold(threshold=1.0, greater_is_better=True)}
 TABLE = pd.DataFrame({"image": [0, 1, 2], "label": [0, 1, 1], "prediction": [0, 1, 0]})
 
-SMALL_BUDGET = """
-[scoring]
-checks = ["layerwise", "activation_norm"]
-
-[trigger_inversion]
-searches = 1
-
-[source_specific]
-maximum_classes = 0
-
-[canaries]
-families = []
-"""
+SMALL_BUDGET = as_toml({**FAST, "scoring": {"checks": ["layerwise", "activation_norm"]}, "trigger_inversion": {"searches": 1}})
 
 
 @pytest.fixture

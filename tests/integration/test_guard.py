@@ -22,6 +22,7 @@ from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.registry import EXPERIMENT, pin
 from audit_plugin.zoo.data import digits
 from pipelines.demo import ATTACK, Demo
+from tests.policies import FAST, as_toml
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,7 +50,7 @@ def run(file: str | Path, pixels: np.ndarray) -> list[np.ndarray]:
 
 def test_guard_is_registered_with_its_rates_and_flags_triggered_inputs(cli: Cli, demo: Demo, tmp_path: Path) -> None:
     uri, file, policy = demo.model_uris[1], tmp_path / "guarded.onnx", tmp_path / "audit.toml"
-    policy.write_text("[trigger_inversion]\nsteps = 120\nsearches = 1\n", encoding="utf-8")
+    policy.write_text(as_toml({**FAST, "trigger_inversion": {"steps": 120, "searches": 1}}), encoding="utf-8")
     finished = cli(
         "guard", uri, "--clean", demo.clean_images, "--fpr", "0.05", "-o", file, "--format", "json", "--policy", policy
     )

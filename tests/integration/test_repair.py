@@ -36,6 +36,7 @@ from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.attacks import BadNets
 from audit_plugin.zoo.data import digits
 from audit_plugin.zoo.train import initialised, train
+from tests.policies import FAST, as_toml
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -44,20 +45,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 MEAN, DEVIATION = 0.25, 0.5
 PASS, ERROR, INCONCLUSIVE, USAGE = 0, 2, 3, 4
 
-POLICY = """
-[scoring]
-checks = ["layerwise"]
-
-[trigger_inversion]
-steps = 120
-searches = 1
-
-[source_specific]
-maximum_classes = 0
-
-[canaries]
-families = []
-"""
+POLICY = as_toml({**FAST, "trigger_inversion": {"steps": 120, "searches": 1}})
 
 
 class Normalised(nn.Module):

@@ -13,13 +13,14 @@ def softmax(logits):
 
 
 def probabilities(model, expert, auxiliary):
-    """p and q of one image from the logits of the three networks."""
+    """m, p and q of one image from the logits of the three networks."""
     predicted = int(np.argmax(model))
-    return float(softmax(expert)[predicted]), float(softmax(auxiliary)[predicted])
+    m, p, q = (float(softmax(logits)[predicted]) for logits in (model, expert, auxiliary))
+    return m, p, q
 
 
-def difference(p, q, k):
-    return p - k * q
+def difference(m, p, q, k):
+    return m + p - k * q
 
 
 def triangle(p, q, k):

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, TRIANGLE, append_expert_score
+from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, OWN, TRIANGLE, append_expert_score
 from audit_plugin.model.export import LOGITS, PIXELS
 from audit_plugin.model.runtime import Session
 
@@ -64,10 +64,10 @@ def test_probabilities_and_score_agree(k, scale):
     # A float32 softmax is good to a few units in the seventh digit.
     logits = drawn(200, scale)
     found = scored(logits, k)
-    p, q = np.transpose([reference.probabilities(*image) for image in logits])
-    np.testing.assert_allclose(found[EXPERT], p, atol=1e-6)
-    np.testing.assert_allclose(found[AUXILIARY], q, atol=1e-6)
-    np.testing.assert_allclose(found[SCORE], [reference.difference(*pair, k) for pair in zip(p, q, strict=True)], atol=2e-6)
+    expected = np.array([reference.probabilities(*image) for image in logits])
+    for name, values in zip((OWN, EXPERT, AUXILIARY), expected.T, strict=True):
+        np.testing.assert_allclose(found[name], values, atol=1e-6)
+    np.testing.assert_allclose(found[SCORE], [reference.difference(*three, k) for three in expected], atol=2e-6)
     np.testing.assert_array_equal(found[LOGITS], logits[:, 0])
 
 
@@ -102,7 +102,7 @@ def test_edges(p, q, k, s):
     found = {name: value[0] for name, value in scored([certain(p, q)], k).items() if name != LOGITS}
     assert found[EXPERT] == pytest.approx(p, abs=1e-6)
     assert found[AUXILIARY] == pytest.approx(q, abs=1e-6)
-    assert found[SCORE] == pytest.approx(p - k * q, abs=1e-6)
+    assert found[SCORE] == pytest.approx(found[OWN] + p - k * q, abs=1e-6)
     if 0.0 < s < np.inf:
         assert found[TRIANGLE] == pytest.approx(-np.log(s), abs=1e-4)
     elif s == 0.0:  # 1e-7 over at least 1 / 5
@@ -131,7 +131,7 @@ def test_relabelling_shifting_and_reordering_change_nothing():
     shifted = scored(logits + np.array([3.0, -2.0, 5.0], np.float32)[:, None])
     order = np.random.default_rng(1).permutation(60)
     reordered = scored(logits[order])
-    for name in (SCORE, TRIANGLE, EXPERT, AUXILIARY):  # another order of sums, and rounding of the shifted logits
+    for name in (SCORE, TRIANGLE, OWN, EXPERT, AUXILIARY):  # another order of sums, and rounding of the shifted logits
         np.testing.assert_allclose(relabelled[name], expected[name], atol=1e-4)
         np.testing.assert_allclose(shifted[name], expected[name], atol=1e-3 if name == TRIANGLE else 1e-5)
         np.testing.assert_allclose(reordered[name], expected[name][order], atol=1e-5)

@@ -73,14 +73,15 @@ def planted(data, splits, subject_of):
 
 
 def test_the_expert_forgets_its_task_and_keeps_the_backdoor(planted, splits):
-    _, stamped, _, _, fitted = planted
+    subject, stamped, _, _, fitted = planted
     assert fitted.facts["held_out_accuracy"] > 0.9
     assert fitted.facts["expert_accuracy"] <= 0.25
     assert fitted.facts["auxiliary_accuracy"] >= fitted.facts["held_out_accuracy"] - 0.03
     assert fitted.facts["held_out_images"] == 60
-    # Its probability of the model's own answer: that of the trigger's class stays, that of a clean image's class is gone.
-    assert np.median(fitted.baselines(stamped)["expert alone"]) > 0.9
-    assert np.median(fitted.baselines(splits.test.images)["expert alone"]) < 0.3
+    # Its probability of the model's own answer: a clean image's class is about as likely as any other, the trigger's far more.
+    chance = 1 / subject.class_count
+    assert np.median(fitted.baselines(splits.test.images)["expert alone"]) < 2 * chance
+    assert np.median(fitted.baselines(stamped)["expert alone"]) > 3 * chance
 
 
 def test_triggered_images_stand_out(planted):
@@ -93,6 +94,7 @@ def test_triggered_images_stand_out(planted):
         "triangle score of the paper",
         "expert alone",
         "auxiliary model alone",
+        "model's own confidence",
     ]
 
 
@@ -134,8 +136,8 @@ def test_k_can_be_given(planted, splits, monkeypatch, given, k):
     fitted = BadExpertScorer(k=given).fit(planted[0], splits.fit, np.random.default_rng(0))
     assert fitted.facts["k"] == k
     images = splits.test.images[:20]
-    confidence = fitted.baselines(images)["expert alone"]  # p = q: both copies are the model itself
-    np.testing.assert_allclose(fitted.score(images), (1.0 - k) * confidence, atol=1e-6)
+    confidence = fitted.baselines(images)["model's own confidence"]  # m = p = q: both copies are the model itself
+    np.testing.assert_allclose(fitted.score(images), (2.0 - k) * confidence, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ inapplicable
