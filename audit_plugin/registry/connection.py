@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, urlparse
 from urllib.request import getproxies, proxy_bypass
@@ -93,6 +94,25 @@ def experiment_of(client: MlflowClient) -> str:
     """Id of the experiment ``backdoor-audits``, which is made if missing."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     return str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT))
+
+
+@contextmanager
+def ended_if_it_fails(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """A run of ours does not look as if it went on when what it logs breaks off."""
+    try:
+        yield
+    except BaseException:
+        with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
+            check_server()
+            client.set_terminated(run_id, "KILLED")
+        raise
+
+
+def log_finite_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
+    """Log what was measured; MLflow's databases do not all keep infinite numbers or NaN."""
+    for name, value in metrics.items():
+        if math.isfinite(value):
+            client.log_metric(run_id, name, value)
 
 
 def registry_of(client: MlflowClient) -> ModelRegistryClient:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,7 +19,14 @@ from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
 from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.input_spec import is_input_tag
-from audit_plugin.registry.connection import NETWORK_ERRORS, check_server, experiment_of, teaching
+from audit_plugin.registry.connection import (
+    NETWORK_ERRORS,
+    check_server,
+    ended_if_it_fails,
+    experiment_of,
+    log_finite_metrics,
+    teaching,
+)
 from audit_plugin.registry.pinning import download
 from audit_plugin.registry.versions import facts_of, put_statement, statement_on
 from audit_plugin.report.guards import guard_document
@@ -61,8 +67,7 @@ def register_repaired(original: ModelRef, file: Path, repair: RepairReport, subj
 
         def log_into(experiment_id: str, run_id: str) -> str:
             client.log_dict(run_id, {"method": repair.method, **plain_json(repair.facts)}, "repair.json")
-            for name, value in _repair_metrics(repair).items():
-                client.log_metric(run_id, name, value)
+            log_finite_metrics(client, run_id, _repair_metrics(repair))
             return _log_file(client, file, subject, experiment_id, run_id)
 
         input_tags = {key: value for key, value in original.tags.items() if is_input_tag(key)}
@@ -101,8 +106,7 @@ def register_guard(guard: GuardReport, file: Path, name: str) -> str:
 
         def log_into(experiment_id: str, run_id: str) -> str:
             client.log_dict(run_id, guard_document(guard), "guard.json")
-            for metric, value in _guard_metrics(guard).items():
-                client.log_metric(run_id, metric, value)
+            log_finite_metrics(client, run_id, _guard_metrics(guard))
             model_id = _log_file(client, file, guard.subject, experiment_id, run_id, is_guard=True)
             try:
                 client.create_registered_model(name)
@@ -116,13 +120,12 @@ def register_guard(guard: GuardReport, file: Path, name: str) -> str:
 
 
 def _repair_metrics(repair: RepairReport) -> dict[str, float]:
-    metrics = {
+    return {
         "accuracy_before": repair.accuracy_before.value,
         "accuracy_after": repair.accuracy_after.value,
         "flip_rate_before": repair.flip_rate_before.value,
         "flip_rate_after": repair.flip_rate_after.value,
     }
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _guard_metrics(guard: GuardReport) -> dict[str, float]:
@@ -133,7 +136,7 @@ def _guard_metrics(guard: GuardReport) -> dict[str, float]:
     }
     if guard.threshold.detection_rate is not None:
         metrics["detection_rate"] = guard.threshold.detection_rate.value
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return metrics
 
 
 def _new_version(
@@ -147,15 +150,10 @@ def _new_version(
     """A run of ours, the model that ``log_into`` logs into it, and a version of the registered model ``name``; its URI."""
     experiment_id = experiment_of(client)
     run_id = client.create_run(experiment_id, run_name=title, tags=dict(origin)).info.run_id
-    try:
+    with ended_if_it_fails(client, run_id):
         model_id = log_into(experiment_id, run_id)
         registered = client.create_model_version(name, f"models:/{model_id}", run_id, {**tags, **origin}, model_id=model_id)
         _sign_tags(client, registered, {**tags, **origin})
-    except BaseException:
-        with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
-            check_server()
-            client.set_terminated(run_id, "KILLED")
-        raise
     with suppress(MlflowException, *NETWORK_ERRORS):  # the version exists; this is only the link to it from elsewhere
         client.set_terminated(run_id)
         link = json.dumps([{"name": name, "version": registered.version}])

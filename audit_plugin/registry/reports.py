@@ -9,13 +9,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 from mlflow.entities import LoggedModelInput
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from audit_plugin.attestation import TAG_OF, Statement, sign, signer_from_environment
@@ -23,7 +21,15 @@ from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import manifest_of
 from audit_plugin.policy import verdict_digest_of
 from audit_plugin.promotion import SEARCHES, Promotion
-from audit_plugin.registry.connection import check_server, experiment_of, registry_of, run_page, teaching
+from audit_plugin.registry.connection import (
+    check_server,
+    ended_if_it_fails,
+    experiment_of,
+    log_finite_metrics,
+    registry_of,
+    run_page,
+    teaching,
+)
 from audit_plugin.registry.versions import facts_of, registered_version, statement_on
 from audit_plugin.report.text import render_markdown_block
 from audit_plugin.types import AuditReport, ClassMeasurement, InputScores, Measured, TriggerSearch
@@ -69,10 +75,9 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
         run = client.create_run(experiment_id, run_name=f"{title}: {report.decision.verdict}", tags=_tags(report))
         run_id = run.info.run_id
         envelope: str | None = None
-        try:
+        with ended_if_it_fails(client, run_id):
             client.log_artifacts(run_id, str(files))
-            for name, value in metrics_of(report).items():
-                client.log_metric(run_id, name, value)
+            log_finite_metrics(client, run_id, metrics_of(report))
             if model.model_id is not None:
                 client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
             page = f"{address}/artifacts" if (address := run_page(experiment_id, run_id)) else None
@@ -88,11 +93,6 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
                 registry_of(client).set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
             client.set_terminated(run_id)
-        except BaseException:
-            with suppress(RegistryError, MlflowException, OSError):  # the first error is the one to tell
-                check_server()
-                client.set_terminated(run_id, "KILLED")
-            raise
         return LoggedReport(run_id, page, promotion, envelope is not None)
 
 
