@@ -10,13 +10,15 @@ and a low S means a backdoor input: the expert knows it and the auxiliary model 
 
 What we do differently, and why:
 
-* The score is m + p - k q with m = softmax(M(x))[c], not S, which is reported beside it. With a few hundred images and an
-  exported graph M' often keeps a backdoor, and then p = q = 1 for its inputs. S = 1 / k puts those level with clean inputs that
-  both copies doubt; p - k q falls back on the expert alone. m, the model's own confidence, is what is left where the expert
-  forgets the backdoor as soon as the task, as it does with some blended triggers.
-* The expert's learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels (y + 1),
-  from 1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``; there it stops. The attack plays no
-  part. Held out is a fifth of the fit split.
+* The score is m + P - k q with m = softmax(M(x))[c] and P the mean of p over three experts, not S, which is reported beside it.
+  With a few hundred images and an exported graph M' often keeps a backdoor, and then p = q = 1 for its inputs. S = 1 / k puts
+  those level with clean inputs that both copies doubt; P - k q falls back on the experts alone.
+* Three experts instead of one, from one course of forgetting: when a tenth of the held-out accuracy is gone, when a quarter is,
+  and when it is at most ``expert_accuracy``, which is the paper's expert. Some backdoors go before the task does, and then the
+  early ones still know them. m, the model's own confidence, is that of an expert that has forgotten nothing.
+* The experts' learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels (y + 1), from
+  1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``. The attack plays no part. Held out is a
+  fifth of the fit split.
 * The auxiliary model's rate is found too: the greatest at which the held-out accuracy falls by at most
   ``auxiliary_tolerance``, with gradients of norm one at most. It is divided by three after each fifth of the epochs: the
   authors' factor of ten leaves nothing to learn with.
@@ -28,6 +30,8 @@ What we do differently, and why:
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -56,6 +60,7 @@ _BATCH = 64
 _EXPERT_RATES = (1e-5, 0.05)  # first and last learning rate
 _EXPERT_GROWTH = 1.05  # of the rate with every step
 _STEPS_BETWEEN_LOOKS = 2
+_EARLY_EXPERTS = (0.9, 0.75)  # shares of the model's accuracy on held-out images
 _AUXILIARY_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _AUXILIARY_PHASES = 5
 _AUXILIARY_DECAY = 1 / 3  # after each phase
@@ -67,7 +72,7 @@ class BadExpertScorer(InputScorer):
     """The check.
 
     Attributes:
-        expert_accuracy: the expert is ready when its accuracy on held-out clean images is at most this.
+        expert_accuracy: the last expert is ready when its accuracy on held-out clean images is at most this.
         auxiliary_epochs: passes over the fit images for the auxiliary model, at least five; its rate is divided by three after
             each fifth of them.
         auxiliary_tolerance: how much accuracy the auxiliary model may lose.
@@ -90,7 +95,7 @@ class BadExpertScorer(InputScorer):
             raise ValueError(f"auxiliary_tolerance must lie between 0 and 1, got {self.auxiliary_tolerance}")
 
     def fit(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> FittedScorer:
-        """Make expert and auxiliary model, and join them with the model into one ONNX graph.
+        """Make experts and auxiliary model, and join them with the model into one ONNX graph.
 
         Raises:
             InapplicableError: the model gives no gradients, is too large or hardly ever right, there are fewer than 50 images,
@@ -101,9 +106,10 @@ class BadExpertScorer(InputScorer):
                 f"Fine-tuning needs at least {FEWEST_IMAGES} clean images in the fit split, there are {len(fit_split)}. "
                 "Give more clean images."
             )
-        if 3 * subject.onnx_model.ByteSize() > _LARGEST_GRAPH:
+        copies = len(_EARLY_EXPERTS) + 2
+        if (1 + copies) * subject.onnx_model.ByteSize() > _LARGEST_GRAPH:
             raise InapplicableError(
-                "The model and its two fine-tuned copies would be larger than the 2 GiB that one ONNX file can hold "
+                f"The model and its {copies} fine-tuned copies would be larger than the 2 GiB that one ONNX file can hold "
                 f"(the model alone has {subject.onnx_model.ByteSize() / 1024**3:.1f} GiB)."
             )
         tuning = _Tuning(subject, fit_split, rng)
@@ -112,26 +118,29 @@ class BadExpertScorer(InputScorer):
                 f"The model is right on {tuning.accuracy:.0%} of the held-out clean images and counts as having forgotten its "
                 f"task at {self.expert_accuracy:.0%}, so there is nothing to forget. Check labels and preprocessing."
             )
-        expert = self._expert(tuning)
+        experts = self._experts(tuning)
         auxiliary = self._auxiliary(tuning)
         k = self.k or corner_of(subject.onnx_model)
-        model = append_expert_score(
-            subject.onnx_model, subject.export(expert.module), subject.export(auxiliary.module), k=k, score=self.name
-        )
+        exported = [subject.export(copied.module) for copied in (*experts, auxiliary)]
+        model = append_expert_score(subject.onnx_model, exported[:-1], exported[-1], k=k, score=self.name)
+        expert = experts[-1]
         facts = {
             "k": k,
             "held_out_images": len(tuning.held_out_labels),
             "held_out_accuracy": tuning.accuracy,
             "expert_learning_rate": expert.learning_rate,
             "expert_accuracy": expert.accuracy,
+            "early_expert_accuracies": [early.accuracy for early in experts[:-1]],
             "expert_largest_class_share": expert.largest_class_share,
             "auxiliary_learning_rate": auxiliary.learning_rate,
             "auxiliary_accuracy": auxiliary.accuracy,
         }
         return _FittedBadExpert(subject.open_session(model), facts)
 
-    def _expert(self, tuning: _Tuning) -> _Copy:
-        """A copy that is taught wrong labels at a rate that grows with every step, until it has forgotten its task."""
+    def _experts(self, tuning: _Tuning) -> list[_Copy]:
+        """One copy at several times while it is taught wrong labels at a growing rate, until it has forgotten its task."""
+        wanted = [max(share * tuning.accuracy, self.expert_accuracy) for share in _EARLY_EXPERTS] + [self.expert_accuracy]
+        experts: list[_Copy] = []
         module = tuning.copy()
         optimizer = torch.optim.Adam(_weights(module), lr=_EXPERT_RATES[0])
         growth = torch.optim.lr_scheduler.ExponentialLR(optimizer, _EXPERT_GROWTH)
@@ -142,9 +151,12 @@ class BadExpertScorer(InputScorer):
             growth.step()
             if step % _STEPS_BETWEEN_LOOKS == 0:
                 found = tuning.measured(module, rate)
-                if found.accuracy <= self.expert_accuracy:
+                if found.accuracy <= wanted[len(experts)]:
                     log.debug("Expert at rate %.1e: %s", rate, found)
-                    return found
+                    kept = dataclasses.replace(found, module=copy.deepcopy(module))
+                    experts.extend(kept for accuracy in wanted[len(experts) :] if found.accuracy <= accuracy)
+                    if len(experts) == len(wanted):
+                        return experts
             if growth.get_last_lr()[0] > _EXPERT_RATES[1]:
                 break
         raise InapplicableError(

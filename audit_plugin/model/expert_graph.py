@@ -1,6 +1,8 @@
-"""The model, its backdoor expert and its auxiliary model as one ONNX graph that scores an input in one pass."""
+"""The model, its backdoor experts and its auxiliary model as one ONNX graph that scores an input in one pass."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -14,36 +16,39 @@ _SMALLEST = 1e-7  # what float32 can tell from 0 or from 1
 
 
 def append_expert_score(
-    model: onnx.ModelProto, expert: onnx.ModelProto, auxiliary: onnx.ModelProto, *, k: float, score: str
+    model: onnx.ModelProto, experts: Sequence[onnx.ModelProto], auxiliary: onnx.ModelProto, *, k: float, score: str
 ) -> onnx.ModelProto:
     """Add the scores of BaDExpert (Xie et al. 2024) to a model.
 
-    With c the predicted class of the model, m, p and q the probabilities of c by the model, by the expert and by the auxiliary
-    model, the output ``score`` is m + p - k q, and ``triangle_score`` is -log S with the paper's
-    S = min(q / (k p), (1 - p) / max(k - q, 0)) (their equation 4). S is bounded to 1e-7 .. 1e7, and so are p, q, 1 - p and k - q
-    from below; the second quotient counts as infinite where q >= k, also where p = 1 makes the paper's 0 / 0 of it.
+    With c the predicted class of the model, m, p and q the probabilities of c by the model, by the last of the experts and by
+    the auxiliary model, and P the mean of the experts' probabilities, the output ``score`` is m + P - k q, and
+    ``triangle_score`` is -log S with the paper's S = min(q / (k p), (1 - p) / max(k - q, 0)) (their equation 4). S is bounded to
+    1e-7 .. 1e7, and so are p, q, 1 - p and k - q from below; the second quotient counts as infinite where q >= k, also where
+    p = 1 makes the paper's 0 / 0 of it.
 
     Args:
-        model, expert, auxiliary: each from ``pixels`` to ``logits``.
+        model, experts, auxiliary: each from ``pixels`` to ``logits``; at least one expert.
         k: the corner of the triangle, in (0, 1).
 
     Returns:
         A model whose outputs are ``logits`` (N, classes), ``score``, ``triangle_score``, ``own_probability`` m,
-        ``expert_probability`` p and ``auxiliary_probability`` q, each (N,).
+        ``expert_probability`` p (the last's) and ``auxiliary_probability`` q, each (N,).
     """
     editor = GraphEditor.copy_of(model, (score, TRIANGLE, OWN, EXPERT, AUXILIARY))
     predicted = editor.node("ArgMax", [LOGITS], "expert_predicted_class", axis=1, keepdims=1)
     row = editor.constant("expert_row_shape", np.array([-1], dtype=np.int64))
-    logits = {OWN: LOGITS} | {
-        name: _include(editor, copied, f"{name}_") for name, copied in ((EXPERT, expert), (AUXILIARY, auxiliary))
-    }
-    for name, of_network in logits.items():
-        softmax = editor.node("Softmax", [of_network], f"{name}_by_class", axis=1)
-        own = editor.node("GatherElements", [softmax, predicted], f"{name}_column", axis=1)
-        editor.node("Reshape", [own, row], name)
+
+    def probability(logits: str, name: str) -> str:
+        softmax = editor.node("Softmax", [logits], f"{name}_by_class", axis=1)
+        return editor.node("Reshape", [editor.node("GatherElements", [softmax, predicted], f"{name}_column", axis=1), row], name)
+
+    probability(LOGITS, OWN)
+    probability(_include(editor, auxiliary, f"{AUXILIARY}_"), AUXILIARY)
+    names = [*(f"expert_probability_{stage}" for stage in range(len(experts) - 1)), EXPERT]
+    known = [probability(_include(editor, expert, f"{name}_"), name) for name, expert in zip(names, experts, strict=True)]
     corner = editor.constant("expert_k", np.array(k, dtype=np.float32))
-    known = editor.node("Add", [OWN, EXPERT], "expert_m_p")
-    editor.node("Sub", [known, editor.node("Mul", [corner, AUXILIARY], "expert_k_q")], score)
+    sure = editor.node("Add", [OWN, editor.node("Mean", known, "expert_mean")], "expert_sure")
+    editor.node("Sub", [sure, editor.node("Mul", [corner, AUXILIARY], "expert_k_q")], score)
     _append_triangle(editor, corner)
     return editor.keep_outputs({LOGITS: ("classes",), score: (), TRIANGLE: (), OWN: (), EXPERT: (), AUXILIARY: ()})
 

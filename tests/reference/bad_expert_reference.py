@@ -12,15 +12,14 @@ def softmax(logits):
     return shifted / shifted.sum()
 
 
-def probabilities(model, expert, auxiliary):
-    """m, p and q of one image from the logits of the three networks."""
+def probabilities(model, *copies):
+    """m, p of each expert and q of one image, from the logits of the model, of the experts and of the auxiliary model."""
     predicted = int(np.argmax(model))
-    m, p, q = (float(softmax(logits)[predicted]) for logits in (model, expert, auxiliary))
-    return m, p, q
+    return [float(softmax(logits)[predicted]) for logits in (model, *copies)]
 
 
-def difference(m, p, q, k):
-    return m + p - k * q
+def difference(m, experts, q, k):
+    return m + sum(experts) / len(experts) - k * q
 
 
 def triangle(p, q, k):

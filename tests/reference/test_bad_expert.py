@@ -24,26 +24,29 @@ CERTAIN = 200.0  # a logit so far ahead that the softmax is exactly 0 or 1 in fl
 LOWEST, HIGHEST = -np.log(1e7), np.log(1e7)  # what S is bounded to, as -log S
 
 
-def network(line, opset=18):
-    """The logits are one line of the 'image': three such networks read three lines, so a test chooses all logits itself."""
+def network(line, lines, opset=18):
+    """The logits are one line of the 'image': each such network reads its own, so a test chooses all logits itself."""
     stored = [numpy_helper.from_array(np.array(value), name) for name, value in (("line", line), ("shape", [-1, CLASSES]))]
     gather = helper.make_node("Gather", [PIXELS, "line"], ["row"], axis=2)
     reshape = helper.make_node("Reshape", ["row", "shape"], [LOGITS])
-    source = helper.make_tensor_value_info(PIXELS, TensorProto.FLOAT, ["batch", 1, 3, CLASSES])
+    source = helper.make_tensor_value_info(PIXELS, TensorProto.FLOAT, ["batch", 1, lines, CLASSES])
     sink = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", CLASSES])
     graph = helper.make_graph([gather, reshape], "line", [source], [sink], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
 def scored(logits, k=0.5, opset=18):
-    """Outputs of the joined graph for logits (N, 3, classes) of model, expert and auxiliary model."""
-    joined = append_expert_score(*(network(line, opset) for line in range(3)), k=k, score=SCORE)
+    """Outputs of the joined graph for logits (N, networks, classes) of model, experts and auxiliary model."""
+    logits = np.asarray(logits, np.float32)
+    lines = logits.shape[1]
+    model, *experts, auxiliary = (network(line, lines, opset) for line in range(lines))
+    joined = append_expert_score(model, experts, auxiliary, k=k, score=SCORE)
     onnx.checker.check_model(joined)
-    return Session(joined.SerializeToString()).run(np.asarray(logits, np.float32)[:, None])
+    return Session(joined.SerializeToString()).run(logits[:, None])
 
 
-def drawn(count, scale, seed=0):
-    return np.random.default_rng(seed).normal(scale=scale, size=(count, 3, CLASSES)).astype(np.float32)
+def drawn(count, scale, seed=0, experts=1):
+    return np.random.default_rng(seed).normal(scale=scale, size=(count, 2 + experts, CLASSES)).astype(np.float32)
 
 
 def certain(p, q):
@@ -60,14 +63,16 @@ def certain(p, q):
 
 @pytest.mark.parametrize("k", [0.5, 0.4, 0.2])
 @pytest.mark.parametrize("scale", [0.5, 2.0, 5.0])
-def test_probabilities_and_score_agree(k, scale):
+@pytest.mark.parametrize("experts", [1, 3])
+def test_probabilities_and_score_agree(k, scale, experts):
     # A float32 softmax is good to a few units in the seventh digit.
-    logits = drawn(200, scale)
+    logits = drawn(200, scale, experts=experts)
     found = scored(logits, k)
     expected = np.array([reference.probabilities(*image) for image in logits])
-    for name, values in zip((OWN, EXPERT, AUXILIARY), expected.T, strict=True):
-        np.testing.assert_allclose(found[name], values, atol=1e-6)
-    np.testing.assert_allclose(found[SCORE], [reference.difference(*three, k) for three in expected], atol=2e-6)
+    for name, column in ((OWN, 0), (EXPERT, -2), (AUXILIARY, -1)):
+        np.testing.assert_allclose(found[name], expected[:, column], atol=1e-6)
+    differences = [reference.difference(m, known, q, k) for m, *known, q in expected]
+    np.testing.assert_allclose(found[SCORE], differences, atol=2e-6)
     np.testing.assert_array_equal(found[LOGITS], logits[:, 0])
 
 
@@ -122,6 +127,17 @@ def test_knowing_expert_raises_and_knowing_auxiliary_lowers(output):
     for fixed in (0.05, 0.4, 0.9):
         assert (np.diff(scored([certain(p, fixed) for p in steps])[output]) > -1e-5).all()
         assert (np.diff(scored([certain(fixed, q) for q in steps])[output]) < 1e-5).all()
+
+
+def test_the_order_of_early_experts_does_not_matter_and_the_last_is_the_papers():
+    logits = drawn(60, 2.0, experts=3)
+    expected = scored(logits)
+    swapped = scored(logits[:, [0, 2, 1, 3, 4]])
+    for name in (SCORE, TRIANGLE, EXPERT):
+        np.testing.assert_allclose(swapped[name], expected[name], atol=1e-5)
+    alone = scored(logits[:, [0, 3, 4]])
+    for name in (TRIANGLE, EXPERT, AUXILIARY):
+        np.testing.assert_allclose(alone[name], expected[name], atol=1e-6)
 
 
 def test_relabelling_shifting_and_reordering_change_nothing():

@@ -76,6 +76,9 @@ def test_the_expert_forgets_its_task_and_keeps_the_backdoor(planted, splits):
     subject, stamped, _, _, fitted = planted
     assert fitted.facts["held_out_accuracy"] > 0.9
     assert fitted.facts["expert_accuracy"] <= 0.25
+    early, late = fitted.facts["early_expert_accuracies"]
+    assert 0.25 < late <= 0.75 * fitted.facts["held_out_accuracy"]
+    assert late < early <= 0.9 * fitted.facts["held_out_accuracy"]
     assert fitted.facts["auxiliary_accuracy"] >= fitted.facts["held_out_accuracy"] - 0.03
     assert fitted.facts["held_out_images"] == 60
     # Its probability of the model's own answer: a clean image's class is about as likely as any other, the trigger's far more.
@@ -130,8 +133,8 @@ def test_no_images_no_baselines(planted, splits):
 
 @pytest.mark.parametrize(("given", "k"), [(0.3, 0.3), (None, 0.4)])
 def test_k_can_be_given(planted, splits, monkeypatch, given, k):
-    for name in ("_expert", "_auxiliary"):
-        monkeypatch.setattr(BadExpertScorer, name, lambda self, tuning: tuning.measured(tuning.copy(), 0.0))
+    monkeypatch.setattr(BadExpertScorer, "_experts", lambda self, tuning: [tuning.measured(tuning.copy(), 0.0)])
+    monkeypatch.setattr(BadExpertScorer, "_auxiliary", lambda self, tuning: tuning.measured(tuning.copy(), 0.0))
     monkeypatch.setattr(Subject, "export", lambda self, module: self.onnx_model)
     fitted = BadExpertScorer(k=given).fit(planted[0], splits.fit, np.random.default_rng(0))
     assert fitted.facts["k"] == k
@@ -160,7 +163,7 @@ def test_a_model_that_is_never_right(planted, splits):
 
 def test_a_model_too_large_for_one_graph(planted, splits, monkeypatch):
     monkeypatch.setattr(bad_expert, "_LARGEST_GRAPH", planted[0].onnx_model.ByteSize() * 2)
-    refused(BadExpertScorer(), planted[0], splits.fit, "two fine-tuned copies would be larger than the 2 GiB")
+    refused(BadExpertScorer(), planted[0], splits.fit, "4 fine-tuned copies would be larger than the 2 GiB")
 
 
 def test_an_expert_that_does_not_forget(planted, splits, monkeypatch):
@@ -170,7 +173,7 @@ def test_an_expert_that_does_not_forget(planted, splits, monkeypatch):
 
 def test_an_auxiliary_model_that_loses_its_accuracy(planted, splits, monkeypatch):
     monkeypatch.setattr(bad_expert, "_AUXILIARY_RATES", (30.0, 10.0))
-    monkeypatch.setattr(BadExpertScorer, "_expert", lambda self, tuning: None)
+    monkeypatch.setattr(BadExpertScorer, "_experts", lambda self, tuning: None)
     check = BadExpertScorer(auxiliary_epochs=5)
     refused(check, planted[0], splits.fit, r"cost more than 3% accuracy at every learning rate down to 10; more clean images")
 
