@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audit_plugin.checks import CLASS_MEASURES, INPUT_SCORERS, PROBES, ClassMeasure, FittedScorer, InputScorer
+from audit_plugin.checks import (
+    CLASS_MEASURES,
+    INPUT_SCORERS,
+    PROBES,
+    BadExpertScorer,
+    ClassMeasure,
+    FittedScorer,
+    InputScorer,
+)
 from audit_plugin.checks.measurement import measure_classes
 from audit_plugin.types import FitSplit, Trigger
 from audit_plugin.zoo.architectures import SmallCnn
@@ -82,9 +90,14 @@ class TestInputScorers:
         first, second = (found.score(digit_subject[2]) for found in (fitted(scorer), fit_once(scorer, digit_subject)))
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
-    def test_nonsense_is_more_suspicious_than_digits(self, scorer, fitted, digit_subject):
-        noise = np.random.default_rng(3).integers(0, 256, digit_subject[2].shape).astype(np.uint8)
-        assert np.median(fitted(scorer).score(noise)) > np.median(fitted(scorer).score(digit_subject[2]))
+
+# Of a backdoor expert that is no law: it judges how firmly an image is answered, and noise is answered without confidence.
+@pytest.mark.parametrize(
+    "scorer", [scorer for scorer in INPUT_SCORERS if scorer is not BadExpertScorer], ids=lambda check: check.name
+)
+def test_nonsense_is_more_suspicious_than_digits_to_what_knows_benign_features(scorer, fitted, digit_subject):
+    noise = np.random.default_rng(3).integers(0, 256, digit_subject[2].shape).astype(np.uint8)
+    assert np.median(fitted(scorer).score(noise)) > np.median(fitted(scorer).score(digit_subject[2]))
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda check: check.name)
