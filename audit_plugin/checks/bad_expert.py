@@ -151,10 +151,9 @@ class BadExpertScorer(InputScorer):
             growth.step()
             if step % _STEPS_BETWEEN_LOOKS == 0:
                 found = tuning.measured(module, rate)
-                if found.accuracy <= wanted[len(experts)]:
+                while found.accuracy <= wanted[len(experts)]:
                     log.debug("Expert at rate %.1e: %s", rate, found)
-                    kept = dataclasses.replace(found, module=copy.deepcopy(module))
-                    experts.extend(kept for accuracy in wanted[len(experts) :] if found.accuracy <= accuracy)
+                    experts.append(dataclasses.replace(found, module=copy.deepcopy(module)))
                     if len(experts) == len(wanted):
                         return experts
             if growth.get_last_lr()[0] > _EXPERT_RATES[1]:

@@ -109,7 +109,7 @@ def ended_if_it_fails(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 
 def log_finite_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
-    """Log what was measured; MLflow's databases do not all keep infinite numbers or NaN."""
+    """Log what was measured: an infinite or undefined figure says that it was not."""
     for name, value in metrics.items():
         if math.isfinite(value):
             client.log_metric(run_id, name, value)

@@ -60,10 +60,11 @@ def pin(uri: str, destination: Path) -> PinnedModel:
 
 def fetch_images(source: str, destination: Path) -> Path:
     """A local path for clean or suspect images: itself, or an MLflow artifact URI downloaded under ``destination``."""
-    if not re.match(r"^(runs|models|mlflow-artifacts|s3|gs|dbfs|https?|abfss?|wasbs?)(:/)", source):
+    remote = re.match(r"(runs|models|mlflow-artifacts|s3|gs|dbfs|https?|abfss?|wasbs?):/", source)
+    if remote is None:
         return Path(source)
     with teaching(source):
-        if not re.match(r"^(s3|gs|dbfs|https?|abfss?|wasbs?):/", source):
+        if remote[1] in ("runs", "models", "mlflow-artifacts"):
             check_server()
         destination.mkdir(parents=True, exist_ok=True)
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(destination)))
