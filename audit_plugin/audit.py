@@ -20,7 +20,6 @@ from audit_plugin.checks import (
     BadExpertScorer,
     BenifulScorer,
     ClassMeasure,
-    FittedScorer,
     InputScorer,
     LayerwiseScorer,
     MaximumMargin,
@@ -46,6 +45,7 @@ from audit_plugin.types import (
     CleanSetSummary,
     ExampleImages,
     Expectation,
+    FloatArray,
     ImageArray,
     Inapplicable,
     InputScores,
@@ -145,13 +145,14 @@ def audit(
         found = _most_suspicious(outcomes, policy.verdict)
         stamped, examples = _stamp(found, subject, splits)
         suspicious_inputs = prepared.suspects.data.images if prepared.suspects else None
-        fitted: dict[str, FittedScorer] = {}
+        scores_of_suspects: dict[str, FloatArray] = {}
         for scorer in scorers:
             with clock.stage(f"Scoring inputs: {scorer.name}"):
-                outcomes.append(_run_scorer(scorer, subject, splits, rng, found, stamped, suspicious_inputs, policy, fitted))
+                outcomes.append(
+                    _run_scorer(scorer, subject, splits, rng, found, stamped, suspicious_inputs, policy, scores_of_suspects)
+                )
         if prepared.suspects is not None:
-            with clock.stage("Scoring the suspect inputs"):
-                suspect_scores = _score_suspects(subject, prepared.suspects, outcomes, fitted)
+            suspect_scores = _flag_suspects(subject, prepared.suspects, outcomes, scores_of_suspects)
         if policy.canaries.families and search and not stands_out:  # else nothing can make a pass
             with clock.stage("Planting canaries"):
                 canaries = _check_power(probe, subject, splits, rng, policy, search)
@@ -407,10 +408,10 @@ def _run_scorer(
     stamped: ImageArray,
     suspects: ImageArray | None,
     policy: Policy,
-    fitted: dict[str, FittedScorer],
+    scores_of_suspects: dict[str, FloatArray],
 ) -> Outcome:
     def measure() -> InputScores:
-        scores, fitted[scorer.name] = measure_scorer(
+        scores, fitted = measure_scorer(
             scorer,
             subject,
             splits,
@@ -420,22 +421,23 @@ def _run_scorer(
             false_positive_rate=policy.scoring.false_positive_rate,
             suspects=suspects,
         )
+        if suspects is not None:
+            scores_of_suspects[scorer.name] = fitted.score(suspects)
         return scores
 
     return run_check(scorer.name, measure)
 
 
-def _score_suspects(
-    subject: Subject, suspects: LoadedImages, outcomes: list[Outcome], fitted: Mapping[str, FittedScorer]
+def _flag_suspects(
+    subject: Subject, suspects: LoadedImages, outcomes: list[Outcome], scores: Mapping[str, FloatArray]
 ) -> tuple[SuspectScore, ...]:
     """Each suspect input's score and flag by every scorer that measured, at that scorer's first threshold."""
-    images = suspects.data.images
-    predictions = subject.predict(images)
-    scores, flags = {}, {}
-    for outcome in outcomes:
-        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores):
-            scores[outcome.check] = fitted[outcome.check].score(images)
-            flags[outcome.check] = scores[outcome.check] > outcome.measurement.thresholds[0].value
+    predictions = subject.predict(suspects.data.images)
+    flags = {
+        outcome.check: scores[outcome.check] > outcome.measurement.thresholds[0].value
+        for outcome in outcomes
+        if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores)
+    }
     return tuple(
         SuspectScore(
             source,
