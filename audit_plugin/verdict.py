@@ -22,7 +22,7 @@ one above it; between ``clear_outlier`` and ``minimum_outlier`` the p-value deci
 anything of the model keeps it from passing.
 
 A smallest trigger always exists, so its size is compared with the model's own other classes; with fewer than
-``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 to 0009 have what clean and backdoored
+``minimum_classes`` classes there is nothing to compare with. docs/decisions/0007 to 0010 have what clean and backdoored
 models reached.
 """
 

@@ -51,8 +51,10 @@ from audit_plugin.types import (
     CalibrateSplit,
     FitSplit,
     ImageArray,
+    InputScores,
     Intake,
     LabelledImages,
+    Measured,
     ModelRef,
     Splits,
     TestSplit,
@@ -383,6 +385,15 @@ def judgement_of(report: AuditReport) -> Row:
             for found in classes.candidates
         ],
         "of_classes": {check: list(found.values) for check, found in class_measurements(report.outcomes).items()},
+        "detection": {
+            outcome.check: {
+                threshold.rule: threshold.detection_rate.value
+                for threshold in outcome.measurement.thresholds
+                if threshold.detection_rate is not None
+            }
+            for outcome in report.outcomes
+            if isinstance(outcome, Measured) and isinstance(outcome.measurement, InputScores)
+        },
     }
 
 

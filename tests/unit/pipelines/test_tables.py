@@ -437,6 +437,7 @@ def test_the_audit_and_the_repairs_are_measured(model: str, trained: Path, tmp_p
     of_classes, triggers = record["judgement"]["of_classes"], record["judgement"]["triggers"]
     assert {check: len(values) for check, values in of_classes.items()} == {"maximum_margin": 10, "neuron_noise": 10}
     assert Counter(found["family"] for found in triggers) == {"patch": 10, "additive": 10}
+    assert set(record["judgement"]["detection"]) == {"layerwise", "bad_expert", "beniful", "activation_norm"}
     record = measured(job_of(trained, tmp_path, model, "repairs"))
     assert record["state"] == "measured", record["note"]
     names = [row["repair"] for row in record["repairs"]]
