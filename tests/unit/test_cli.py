@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import shlex
 import subprocess
@@ -42,6 +43,11 @@ def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_st
     assert "Traceback" in shown
     assert len(shown.splitlines()) > 3
     assert "\x1b[2J" not in shown
+
+
+def test_version_is_that_of_the_installed_package(cli: Cli) -> None:
+    done = cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"mlflow-backdoor-audit {importlib.metadata.version('mlflow-backdoor-audit')}\n")
 
 
 def test_doctor_says_what_the_sandbox_really_does(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
