@@ -96,8 +96,15 @@ def is_sealed(key: str) -> bool:
     return not is_input_tag(key) and (folded.startswith(AUDIT_PREFIX) or ("." in folded and not folded.isascii()))
 
 
-def check_sealed_tag(version: VersionFacts, key: str, value: str, requirements: Requirements) -> None:
+def check_sealed_tag(
+    version: VersionFacts, key: str, value: str, requirements: Requirements, *, now: datetime.datetime | None = None
+) -> None:
     """That a sealed tag may be written: a statement, if it holds and is newer than the present one; else what one vouches for.
+
+    A statement from the future is not taken: no other could replace it before its time has come.
+
+    Args:
+        now: the present, in UTC.
 
     Raises:
         AttestationError: it may not.
@@ -110,6 +117,11 @@ def check_sealed_tag(version: VersionFacts, key: str, value: str, requirements: 
     keys = requirements.waiver_keys if kind == "waiver" else requirements.verdict_keys
     statement = verify(value, keys)
     check_statement(statement, version, kind)
+    if statement.created > (now or datetime.datetime.now(datetime.UTC)) + _CLOCK_TOLERANCE:
+        raise AttestationError(
+            f"The statement on {version.uri} is dated {statement.created.isoformat()}, which is yet to come: the "
+            "clock of whoever signed it runs ahead."
+        )
     present = [held for held in _statements(version, requirements) if held.kind == kind]
     if present and statement.created <= present[0].created and value != version.tags[key]:
         raise AttestationError(f"{version.uri} has a newer statement of this kind already; an older one cannot come back.")

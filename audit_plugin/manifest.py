@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from pathlib import Path
 
 from audit_plugin.types import FileEntry
@@ -12,15 +14,25 @@ _CHUNK = 1024 * 1024
 
 
 def manifest_of(folder: Path) -> tuple[FileEntry, ...]:
-    """Every regular file below ``folder``, sorted by path; links are left to intake, which refuses them."""
+    """Everything below ``folder`` but the folders, sorted by path.
+
+    A link, pipe or device, which intake refuses, is not followed. It is an entry all the same, as one more file would be, since a
+    loader of models may follow it. Its size is 0 and its hash that of its kind and target, which no empty file has.
+    """
     entries = []
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            digest = hashlib.sha256()
+        mode, digest, size = path.lstat().st_mode, hashlib.sha256(), 0
+        if stat.S_ISDIR(mode):
+            continue
+        if stat.S_ISREG(mode):
             with path.open("rb") as stream:
                 while chunk := stream.read(_CHUNK):
                     digest.update(chunk)
-            entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, digest.hexdigest()))
+            size = path.stat().st_size
+        else:
+            target = os.fsencode(path.readlink()) if stat.S_ISLNK(mode) else b""
+            digest.update(stat.filemode(mode)[:1].encode() + target)
+        entries.append(FileEntry(path.relative_to(folder).as_posix(), size, digest.hexdigest()))
     return tuple(entries)
 
 

@@ -30,6 +30,9 @@ from audit_plugin.canonical import document_digest
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.types import CanaryFamily
 
+POLICY_VARIABLE = "BACKDOOR_AUDIT_POLICY"
+"""Environment variable that names the policy file, for servers and auditors alike."""
+
 
 @dataclass(frozen=True)
 class ModelPolicy:

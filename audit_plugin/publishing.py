@@ -14,9 +14,7 @@ from audit_plugin.progress import Progress
 from audit_plugin.promotion import PromotionSuite, judge, load_suite
 from audit_plugin.registry import LoggedReport, PinnedModel, fetch_images, log_report, redacted
 from audit_plugin.report.write import FORMATS, write_report
-from audit_plugin.types import AuditReport
-
-_OF_SUSPECTS = ("csv", "parquet")  # tables of suspect inputs, empty without any
+from audit_plugin.types import SUSPECT_FORMATS, AuditReport
 
 
 def audit_pinned(
@@ -66,5 +64,5 @@ def publish(report: AuditReport, suite: PromotionSuite | None = None) -> LoggedR
     promotion = judge(report, suite or load_suite(None))
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         folder = Path(temporary)
-        write_report(report, folder, [form for form in FORMATS if report.suspects or form not in _OF_SUSPECTS])
+        write_report(report, folder, [form for form in FORMATS if report.suspects or form not in SUSPECT_FORMATS])
         return log_report(report, folder, promotion)

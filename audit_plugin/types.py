@@ -26,6 +26,8 @@ CanaryFamily = Literal["patch", "blended", "warped"]
 CanaryStanding = Literal["found", "not found", "not planted"]
 PT2_FILE, ONNX_FILE = "model.pt2", "model.onnx"  # what we call the model files that we write
 ReportFormat = Literal["text", "json", "html", "sarif", "junit", "markdown", "csv", "parquet"]
+SUSPECT_FORMATS: tuple[ReportFormat, ...] = ("csv", "parquet")
+"""Tables of the suspect inputs, empty without any."""
 
 
 class Verdict(enum.StrEnum):

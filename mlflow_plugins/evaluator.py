@@ -7,11 +7,12 @@ model that its config names.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mlflow.models.evaluation.artifacts import JsonEvaluationArtifact, TextEvalu
 from mlflow.pyfunc import PyFuncModel
 
 from audit_plugin.errors import AuditError, UsageError, nearest
-from audit_plugin.policy import load_policy
+from audit_plugin.policy import POLICY_VARIABLE, load_policy
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.types import AuditReport, ModelRef, Verdict
 
@@ -36,7 +37,7 @@ class EvaluatorConfig:
     """What ``evaluator_config={"backdoor_audit": {...}}`` may hold: the arguments of ``backdoor-audit run``.
 
     ``model_uri`` is a model URI or path; ``clean`` and ``suspects`` are paths or artifact URIs of images; ``policy`` is the path
-    of an ``audit.toml``; ``seed`` is 0 or above.
+    of an ``audit.toml``, by default the one that ``BACKDOOR_AUDIT_POLICY`` names; ``seed`` is 0 or above.
     """
 
     model_uri: str
@@ -98,7 +99,7 @@ def _audit(config: EvaluatorConfig, run_id: str, model_id: str | None) -> Evalua
     # MLflow loads this module to list its plugins; that must not take the seconds that torch takes.
     from audit_plugin.promotion import judge, load_suite
     from audit_plugin.publishing import audit_pinned, publish
-    from audit_plugin.registry import metrics_of, pin
+    from audit_plugin.registry import check_writing, metrics_of, pin
     from audit_plugin.requirements import suite_path
 
     policy_file = Path(config.policy) if config.policy else None
@@ -107,6 +108,8 @@ def _audit(config: EvaluatorConfig, run_id: str, model_id: str | None) -> Evalua
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         pinned = pin(config.model_uri, Path(temporary))
         _check_model_id(model_id, pinned.reference)
+        if pinned.came_from_mlflow:
+            check_writing()
         report = audit_pinned(
             pinned,
             config.clean,
@@ -156,7 +159,8 @@ def _config_of(content: Mapping[str, Any]) -> EvaluatorConfig:
             raise UsageError(f"The config of {NAME} has no key '{key}'.{nearest(str(key), known)}")
     if missing := sorted(_REQUIRED - content.keys()):
         raise UsageError(f"The config of {NAME} needs '{missing[0]}', got only {', '.join(sorted(content))}.")
-    return EvaluatorConfig(**{key: _checked(key, value) for key, value in content.items()})
+    config = EvaluatorConfig(**{key: _checked(key, value) for key, value in content.items()})
+    return replace(config, policy=config.policy or os.environ.get(POLICY_VARIABLE) or None)
 
 
 def _checked(key: str, value: Any) -> Any:

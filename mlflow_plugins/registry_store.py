@@ -42,13 +42,13 @@ from audit_plugin.gate import (
     standing_of,
 )
 from audit_plugin.manifest import digest_of, manifest_of
+from audit_plugin.policy import POLICY_VARIABLE
 from audit_plugin.registry import facts_of
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.prompts import is_prompt
 
 log = logging.getLogger(__name__)
 
-POLICY = "BACKDOOR_AUDIT_POLICY"
 _HASHING = threading.BoundedSemaphore(2)  # any client can ask for a hash, which takes the disk for seconds
 _LONGEST_WAIT_SECONDS = 30
 
@@ -88,7 +88,7 @@ class PromotionGate(SqlAlchemyStore):
     """
 
     def __init__(self, db_uri: str, read_db_uri: str | None = None) -> None:
-        path = os.environ.get(POLICY)
+        path = os.environ.get(POLICY_VARIABLE)
         self._requirements: Requirements = load_requirements(Path(path) if path else None)
         if not self._requirements.verdict_keys.keys:
             log.warning("No verifying keys are set (BACKDOOR_AUDIT_VERIFYING_KEYS): every promotion will be refused.")

@@ -37,6 +37,7 @@ from werkzeug.exceptions import HTTPException
 
 from audit_plugin.errors import AttestationError, AuditError, UsageError
 from audit_plugin.gate import Requirements, held_statement, standing_of
+from audit_plugin.policy import POLICY_VARIABLE
 from audit_plugin.registry import EXPERIMENT, facts_of
 from audit_plugin.report.html import report_environment
 from audit_plugin.requirements import load_requirements
@@ -56,7 +57,7 @@ from mlflow_plugins.overview import (
     view_of,
 )
 from mlflow_plugins.prompts import CALLED_PROMPT, is_prompt
-from mlflow_plugins.registry_store import POLICY, artifact_digest, behind_the_proxy
+from mlflow_plugins.registry_store import artifact_digest, behind_the_proxy
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def create_app(app: Flask = mlflow_app) -> Flask | FastAPI:
 
 def _requirements() -> Requirements | str:
     """What promotion asks for; one line where that cannot be read."""
-    path = os.environ.get(POLICY)
+    path = os.environ.get(POLICY_VARIABLE)
     try:
         return load_requirements(Path(path) if path else None)
     except AuditError as error:

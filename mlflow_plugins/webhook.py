@@ -35,7 +35,7 @@ from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
 from audit_plugin.errors import AuditError, UsageError
-from audit_plugin.policy import load_policy
+from audit_plugin.policy import POLICY_VARIABLE, load_policy
 from audit_plugin.registry import check_server, version_facts
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import clean_images_of
@@ -45,7 +45,6 @@ from mlflow_plugins.deliveries import signature_of
 log = logging.getLogger(__name__)
 
 SECRET = "BACKDOOR_AUDIT_WEBHOOK_SECRET"  # noqa: S105 - the name of the variable
-POLICY = "BACKDOOR_AUDIT_POLICY"
 PATH = "/backdoor-audit/webhook"
 MAXIMUM_BODY_BYTES = 1024 * 1024
 WINDOW_SECONDS = 300
@@ -221,7 +220,7 @@ def start_jobs(policy_file: Path | None, *, workers: int = 1, time_limit_seconds
     if policy_file is None or not load_policy(policy_file).clean_images:
         raise UsageError(
             "The webhook needs a policy that says which clean images belong to which model: give --policy, or set "
-            f'{POLICY}, and add a section such as [clean_images] "digits" = "clean.npz".'
+            f'{POLICY_VARIABLE}, and add a section such as [clean_images] "digits" = "clean.npz".'
         )
     policy = policy_file.absolute()
     return AuditJobs(lambda hint: gate_command(hint, policy), workers=workers, time_limit_seconds=time_limit_seconds)
@@ -387,7 +386,7 @@ def register(app: Flask) -> None:
     Raises:
         UsageError: ``BACKDOOR_AUDIT_WEBHOOK_SECRET`` or ``BACKDOOR_AUDIT_POLICY`` does not do.
     """
-    secret, policy = secret_from_environment(), os.environ.get(POLICY)
+    secret, policy = secret_from_environment(), os.environ.get(POLICY_VARIABLE)
     jobs = start_jobs(Path(policy) if policy else None)
     atexit.register(jobs.stop)
     app.register_blueprint(blueprint(secret, jobs))

@@ -165,7 +165,7 @@ def audit_and_publish(
     with show_progress() as progress:
         progress.stage("Starting")
         from audit_plugin.publishing import audit_pinned
-        from audit_plugin.registry import check_server, pin
+        from audit_plugin.registry import check_writing, pin
 
         try:
             progress.stage("Fetching the model")
@@ -174,7 +174,7 @@ def audit_and_publish(
                 # a quick audit on a version would take the place of one that the gate counts
                 publish = log is LogChoice.ALWAYS or (log is LogChoice.AUTO and pinned.came_from_mlflow and not quick)
                 if publish:
-                    check_server()  # before minutes of work whose result it could not take
+                    check_writing()
                 report = audit_pinned(
                     pinned,
                     clean,

@@ -32,7 +32,7 @@ from audit_plugin.cli.console import (
     stdout,
 )
 from audit_plugin.errors import RegistryError, UsageError
-from audit_plugin.types import ReportFormat, Verdict
+from audit_plugin.types import SUSPECT_FORMATS, ReportFormat, Verdict
 
 if TYPE_CHECKING:
     from audit_plugin.attestation import Statement
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+_FORMATS = tuple(name for name in FORMATS if name not in SUSPECT_FORMATS)
 
 GATE_EXAMPLES = """
 
@@ -83,7 +84,7 @@ def gate(
     again: Annotated[bool, typer.Option("--again", help="Audit even if there is an audit that counts.")] = False,
     policy: PolicyOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report's files.")] = None,
-    formats: Annotated[str, typer.Option("--format", help=f"Any of {', '.join(FORMATS)}, by commas.")] = "text",
+    formats: Annotated[str, typer.Option("--format", help=f"Any of {', '.join(_FORMATS)}, by commas.")] = "text",
     seed: Annotated[int, typer.Option(min=0, help="Of the splits and the search.")] = 0,
     allow_pickle: AllowPickleOption = False,
     require_gpu: RequireGpuOption = False,
@@ -94,6 +95,8 @@ def gate(
 
     configure_logging(verbose)
     wanted = parse_formats(formats, output)
+    if of_suspects := [name for name in wanted if name in SUSPECT_FORMATS]:
+        raise UsageError(f"{of_suspects[0]} is a table of suspect inputs, and 'gate' takes none. Use 'run' with --suspects.")
     requirements = load_requirements(policy)
     version, standing = _look_at(model, requirements)
     uri = version.uri

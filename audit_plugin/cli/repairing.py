@@ -193,7 +193,7 @@ def repair_and_keep(
     with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Starting")
         from audit_plugin import confined
-        from audit_plugin.registry import check_server, fetch_images, pin, register_repaired
+        from audit_plugin.registry import check_writing, fetch_images, pin, register_repaired
 
         work = Path(temporary)
         try:
@@ -201,7 +201,7 @@ def repair_and_keep(
             pinned = pin(model, work)
             original = pinned.reference
             if original.name is not None:
-                check_server()
+                check_writing()
             _check_place(original, output)
             common = AuditJob(
                 original, pinned.folder, fetch_images(clean, work / "clean"), policy, seed, allow_pickle, require_gpu
@@ -260,7 +260,7 @@ def guard_and_keep(
     with show_progress() as progress, tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         progress.stage("Starting")
         from audit_plugin import confined
-        from audit_plugin.registry import check_server, fetch_images, pin, register_guard
+        from audit_plugin.registry import check_writing, fetch_images, pin, register_guard
 
         work = Path(temporary)
         try:
@@ -268,7 +268,7 @@ def guard_and_keep(
             pinned = pin(model, work)
             registered_name = _guard_name(pinned, name, output)
             if registered_name is not None:
-                check_server()
+                check_writing()
             common = AuditJob(
                 pinned.reference, pinned.folder, fetch_images(clean, work / "clean"), policy, seed, allow_pickle, require_gpu
             )

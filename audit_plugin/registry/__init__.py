@@ -6,7 +6,15 @@ between the check and its use.
 Imports go one way: connection <- versions <- pinning, reports <- registering.
 """
 
-from audit_plugin.registry.connection import EXPERIMENT, check_server, describe_tracking, redacted, registry_of, run_page
+from audit_plugin.registry.connection import (
+    EXPERIMENT,
+    check_server,
+    check_writing,
+    describe_tracking,
+    redacted,
+    registry_of,
+    run_page,
+)
 from audit_plugin.registry.pinning import PinnedModel, fetch_images, pin
 from audit_plugin.registry.registering import GUARD_OF_TAG, REPAIRED_FROM_TAG, register_guard, register_repaired
 from audit_plugin.registry.reports import ATTESTATION_FILE, VERDICT_TAG, LoggedReport, fetch_report_files, log_report, metrics_of
@@ -21,6 +29,7 @@ __all__ = [
     "LoggedReport",
     "PinnedModel",
     "check_server",
+    "check_writing",
     "describe_tracking",
     "facts_of",
     "fetch_images",

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking._model_registry.client import ModelRegistryClient
 
+from audit_plugin.attestation import signer_from_environment
 from audit_plugin.errors import RegistryError, nearest
 
 EXPERIMENT = "backdoor-audits"
@@ -54,6 +55,17 @@ def check_server() -> None:
                 f"The tracking server {redacted(uri)} does not answer ({error}). "
                 "Check MLFLOW_TRACKING_URI, or start it with 'mlflow server'."
             ) from error
+
+
+def check_writing() -> None:
+    """Find out before minutes of work what would keep their result from being written.
+
+    Raises:
+        RegistryError: the tracking server does not answer.
+        UsageError: the signing key that the environment names cannot be read.
+    """
+    check_server()
+    signer_from_environment()
 
 
 def _knock(uri: str) -> None:

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from audit_plugin import confined
 from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
-from audit_plugin.errors import RegistryError
+from audit_plugin.errors import AuditError, RegistryError, UsageError
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.input_spec import is_input_tag
 from audit_plugin.registry.connection import (
@@ -166,20 +166,17 @@ def _sign_tags(client: MlflowClient, registered: ModelVersion, wanted: Mapping[s
     missing = {key: value for key, value in wanted.items() if registered.tags.get(key) != value}
     if not missing:
         return
-    signer = signer_from_environment()
-    if signer is None:
-        log.warning(
-            "This registry keeps audit tags only if they are signed, so models:/%s/%s does not say where it came from. "
-            "Set %s to sign them.",
-            registered.name,
-            registered.version,
-            SIGNING_KEY,
-        )
-        return
-    with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
-        location = client.get_model_version_download_uri(registered.name, registered.version)
-        digest = digest_of(manifest_of(download(location, Path(temporary) / "model")))
-    put_statement(statement_on(facts_of(registered), "origin", digest, missing), signer)
+    uri = f"models:/{registered.name}/{registered.version}"
+    try:
+        signer = signer_from_environment()
+        if signer is None:
+            raise UsageError(f"This registry keeps audit tags only if they are signed. Set {SIGNING_KEY} to sign them.")
+        with teaching(uri), tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
+            location = client.get_model_version_download_uri(registered.name, registered.version)
+            digest = digest_of(manifest_of(download(location, Path(temporary) / "model")))
+        put_statement(statement_on(facts_of(registered), "origin", digest, missing), signer)
+    except AuditError as error:  # the version exists all the same, and whoever made it must hear of it
+        log.warning("%s does not say where it came from. %s", uri, error)
 
 
 def _log_file(

@@ -18,6 +18,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import nn
 
+from audit_plugin.attestation import SIGNING_KEY
 from audit_plugin.errors import RegistryError
 from audit_plugin.registry import EXPERIMENT, fetch_images
 from audit_plugin.zoo.architectures import SmallCnn
@@ -65,6 +66,11 @@ def refused(demo: Demo, tracking: str, cli: Cli, tmp_path: Path) -> Refused:
         return _the_error(finished)
 
     return run
+
+
+def test_a_signing_key_that_cannot_be_read_is_told_before_the_audit(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIGNING_KEY, "/nowhere/signing.pem")
+    assert SIGNING_KEY in refused(USAGE, CLEAN_MODEL)
 
 
 # ------------------------------------------------------------------------------------------------------- the model

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from audit_plugin.intake import inspect
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.model.load import load_network
 from audit_plugin.registry import PinnedModel, pin
+from audit_plugin.registry.pinning import download
 
 _EXCHANGE = """
 import os, sys
@@ -122,3 +123,39 @@ def test_the_copy_shares_no_bytes_with_its_source(source: Path, tmp_path: Path) 
     with (source / "model.pt2").open("r+b") as stream:  # the same inode, other bytes
         stream.write(b"changed")
     assert is_what_it_says(pinned)
+
+
+ADDED: dict[str, Callable[[Path], None]] = {
+    "link to a file": lambda place: place.symlink_to("/etc/hostname"),
+    "link to a folder": lambda place: place.symlink_to("/etc"),
+    "link to nothing": lambda place: place.symlink_to("nowhere"),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+def test_what_is_no_plain_file_changes_the_digest(source: Path, added: str) -> None:
+    """MLflow's loader would take ``model.pth`` rather than the ``model.pt2`` that was audited, and follow it."""
+    before = manifest_of(source)
+    ADDED[added](source / "model.pth")
+    (entry,) = set(manifest_of(source)) - set(before)
+    assert (entry.path, entry.size) == ("model.pth", 0)
+    assert digest_of(manifest_of(source)) != digest_of(before)
+    (source / "model.pth").unlink()
+    (source / "model.pth").touch()
+    assert entry not in manifest_of(source), "an empty file is another"
+
+
+def test_a_link_to_another_place_is_another_entry(source: Path) -> None:
+    digests = set()
+    for target in ("/etc/hostname", "/etc/hosts", "hosts"):
+        (source / "model.pth").symlink_to(target)
+        digests.add(digest_of(manifest_of(source)))
+        (source / "model.pth").unlink()
+    assert len(digests) == 3
+
+
+def test_a_link_added_after_the_audit_shows_in_a_new_copy(source: Path, tmp_path: Path) -> None:
+    before = digest_of(manifest_of(download(str(source), tmp_path / "first")))
+    (source / "model.pth").symlink_to("/etc/hostname")
+    assert digest_of(manifest_of(download(source.as_uri(), tmp_path / "second"))) != before

@@ -45,6 +45,14 @@ def test_traceback_keeps_its_lines(capfd: pytest.CaptureFixture[str], keeping_st
     assert "\x1b[2J" not in shown
 
 
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_gate_has_no_tables_of_suspect_inputs(cli: Cli, tmp_path: Path, name: str) -> None:
+    done = cli("gate", "models:/digits/1", "--format", f"text,{name}", "-o", tmp_path / "report")
+    assert done.returncode == 4
+    assert f"{name} is a table of suspect inputs" in done.stderr
+    assert not (tmp_path / "report").exists()
+
+
 def test_version_is_that_of_the_installed_package(cli: Cli) -> None:
     done = cli("--version")
     assert (done.returncode, done.stdout) == (0, f"mlflow-backdoor-audit {importlib.metadata.version('mlflow-backdoor-audit')}\n")

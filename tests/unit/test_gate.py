@@ -258,6 +258,17 @@ def test_a_newer_statement_replaces_an_older_one_and_never_the_other_way(version
     check_sealed_tag(version, TAG_OF["waiver"], signed(WAIVER, "officer"), requirements)
 
 
+def test_a_statement_from_a_clock_that_runs_ahead_does_not_block_those_that_follow(version, requirements, keyring):
+    def check(created):
+        statement = dataclasses.replace(AUDIT, created=created)
+        check_sealed_tag(version, TAG_OF["verdict"], sign(statement, keyring["auditor"][0]), requirements, now=NOW)
+
+    check(NOW + datetime.timedelta(minutes=4))
+    for ahead in (datetime.timedelta(minutes=6), days(365)):
+        with pytest.raises(AttestationError, match="yet to come"):
+            check(NOW + ahead)
+
+
 def test_what_a_statement_vouches_for_must_stay(version, requirements):
     held = dataclasses.replace(version, tags={**version.tags, "audit.verdict": "pass", "audit.digest": "old"})
     assert must_stay(held, TAG_OF["verdict"], requirements)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
 
+from audit_plugin.attestation import SIGNING_KEY, generate_keys
 from audit_plugin.errors import RegistryError, UsageError
-from audit_plugin.registry import check_server, describe_tracking, fetch_images, pin, redacted
+from audit_plugin.registry import check_server, describe_tracking, fetch_images, pin, redacted, registering
 from audit_plugin.registry.connection import teaching
 from audit_plugin.registry.pinning import _quoted, download
 from audit_plugin.registry.reports import _is_fetched
@@ -115,3 +118,23 @@ def test_names_are_quoted_as_mlflow_reads_them() -> None:
     assert [_quoted("digits"), _quoted("it's"), _quoted('6" screens')] == ["'digits'", '"it\'s"', "'6\" screens'"]
     with pytest.raises(UsageError, match="quotes of both kinds"):
         _quoted("it's 6\"")
+
+
+@pytest.mark.parametrize("key", ["", "/nowhere/signing.pem", "foreign"])
+def test_an_origin_that_cannot_be_signed_is_a_warning_since_the_version_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    def put_statement(*arguments: object) -> None:
+        raise RegistryError("MLflow: signed by none of the keys.")
+
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "model.pt2").touch()
+    monkeypatch.setattr(registering, "put_statement", put_statement)
+    monkeypatch.setenv(SIGNING_KEY, str(generate_keys(tmp_path / "keys")[0]) if key == "foreign" else key)
+    client = SimpleNamespace(get_model_version_download_uri=lambda *version: str(files))
+    registered = SimpleNamespace(name="digits", version="2", tags={}, creation_timestamp=0)
+    with caplog.at_level(logging.WARNING):
+        registering._sign_tags(client, registered, {"audit.repaired_from": "models:/digits/1"})  # type: ignore[arg-type]
+    assert "models:/digits/2 does not say where it came from." in caplog.text
+    assert ("signed by none of the keys" if key == "foreign" else SIGNING_KEY) in caplog.text

@@ -15,6 +15,7 @@ from flask import Flask
 from mlflow.webhooks.delivery import _generate_hmac_signature
 
 from audit_plugin.errors import UsageError
+from audit_plugin.policy import POLICY_VARIABLE
 from mlflow_plugins import webhook
 from mlflow_plugins.webhook import (
     MAXIMUM_BODY_BYTES,
@@ -465,7 +466,7 @@ def test_without_a_secret_nothing_starts(cli, monkeypatch, secret, words):
 @pytest.mark.parametrize("content", [None, "", "[clean_images]\n"])
 def test_without_clean_images_nothing_starts(cli, monkeypatch, tmp_path, content):
     monkeypatch.setenv(webhook.SECRET, SECRET)
-    monkeypatch.delenv(webhook.POLICY, raising=False)
+    monkeypatch.delenv(POLICY_VARIABLE, raising=False)
     arguments = []
     if content is not None:
         (tmp_path / "audit.toml").write_text(content)
@@ -485,7 +486,7 @@ def test_a_policy_that_cannot_be_read_is_told_at_the_start(tmp_path):
 def test_another_app_gets_the_routes_from_the_environment(monkeypatch, tmp_path):
     app = Flask("other")
     (tmp_path / "audit.toml").write_text('[clean_images]\n"*" = "clean.npz"\n')
-    monkeypatch.setenv(webhook.POLICY, str(tmp_path / "audit.toml"))
+    monkeypatch.setenv(POLICY_VARIABLE, str(tmp_path / "audit.toml"))
     monkeypatch.delenv(webhook.SECRET, raising=False)
     with pytest.raises(UsageError, match="is not set"):
         webhook.register(app)

@@ -80,3 +80,14 @@ def test_files_that_do_not_pass_through_the_server_are_hashed_here(digests_of, a
     server = Server({"digest": SAID})
     assert digests_of(server, address).now("digits", "1", source) == FETCHED
     assert server.asked == 0
+
+
+def test_a_link_among_files_that_are_reached_directly_changes_the_digest(tmp_path, monkeypatch):
+    (tmp_path / "model.pt2").write_bytes(b"audited")
+    monkeypatch.setattr(
+        digest, "registry_of", lambda client: SimpleNamespace(get_model_version_download_uri=lambda *version: str(tmp_path))
+    )
+    digests = Digests(MlflowClient("http://127.0.0.1:9", "http://127.0.0.1:9"))
+    before = digests.now("digits", "1", str(tmp_path))
+    (tmp_path / "model.pth").symlink_to("/etc/hostname")
+    assert digests.now("digits", "1", str(tmp_path)) != before
