@@ -33,7 +33,7 @@ from audit_plugin.checks.canaries import Standard, check_power
 from audit_plugin.checks.measurement import measure_classes, measure_probe, measure_scorer, measure_waves, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
-from audit_plugin.errors import InapplicableError, UsageError, nearest
+from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.rates import rate_of
 from audit_plugin.model.grad_cam import grad_cam
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
@@ -230,11 +230,7 @@ def checks_of(
 
 
 def scorers_of(policy: Policy) -> list[InputScorer]:
-    """The input scorers that a policy names, configured, in its order.
-
-    Raises:
-        UsageError: it names one that does not exist, or one twice.
-    """
+    """The input scorers that a policy names, configured, in its order."""
     expert, beniful = policy.bad_expert, policy.beniful
     known: tuple[InputScorer, ...] = (
         LayerwiseScorer(tau=policy.layerwise.tau),
@@ -243,13 +239,7 @@ def scorers_of(policy: Policy) -> list[InputScorer]:
         ActivationNormScorer(),
     )
     by_name = {scorer.name: scorer for scorer in known}
-    names = policy.scoring.checks
-    for name in names:
-        if name not in by_name:
-            raise UsageError(f"[scoring] checks in the policy names '{name}', which is no check.{nearest(name, by_name)}")
-    if len(set(names)) < len(names):
-        raise UsageError("[scoring] checks in the policy names a check twice.")
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in policy.scoring.checks]
 
 
 def search_classes(

@@ -15,7 +15,17 @@ from audit_plugin.errors import AuditError
 from audit_plugin.model.runtime import CUDA, Session
 from audit_plugin.sandbox import run_isolated
 
-_REQUIRED = ("torch", "torchvision", "mlflow", "onnx", "onnxscript", "great-expectations", "numpy", "pandas")
+_REQUIRED = (
+    "mlflow-backdoor-audit",
+    "torch",
+    "torchvision",
+    "mlflow",
+    "onnx",
+    "onnxscript",
+    "great-expectations",
+    "numpy",
+    "pandas",
+)
 _OPTIONAL = ("ray",)
 
 

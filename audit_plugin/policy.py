@@ -33,6 +33,12 @@ from audit_plugin.types import CanaryFamily
 POLICY_VARIABLE = "BACKDOOR_AUDIT_POLICY"
 """Environment variable that names the policy file, for servers and auditors alike."""
 
+SCORERS = ("layerwise", "bad_expert", "beniful", "activation_norm")
+"""The checks that score inputs."""
+
+REPAIRS = ("beniful", "prune")
+"""The methods of repair."""
+
 
 @dataclass(frozen=True)
 class ModelPolicy:
@@ -77,7 +83,7 @@ class ScoringPolicy:
     A check that is left out is not required for a ``pass``; the report lists what ran.
     """
 
-    checks: tuple[str, ...] = ("layerwise", "bad_expert", "beniful", "activation_norm")
+    checks: tuple[str, ...] = SCORERS
     false_positive_rate: float = 0.05
 
 
@@ -388,6 +394,11 @@ def _value(place: str, hint: Any, value: Any) -> Any:
 def _check_ranges(policy: Policy) -> None:
     clean, layerwise, search, verdict = policy.clean_set, policy.layerwise, policy.trigger_inversion, policy.verdict
     model, canaries, plantable = policy.model, policy.canaries, get_args(CanaryFamily)
+    repair, scoring = policy.repair, policy.scoring
+    for key, given, known in (("[scoring] checks", scoring.checks, SCORERS), ("[repair] method", (repair.method,), REPAIRS)):
+        for name in given:
+            if name not in known:
+                raise UsageError(f"{key} in the policy names '{name}', which there is not.{nearest(name, known)}")
     rules = {
         "[clean_set] fit_fraction and calibrate_fraction must be positive and leave a test split": (
             clean.fit_fraction > 0 and clean.calibrate_fraction > 0 and clean.fit_fraction + clean.calibrate_fraction < 1
@@ -398,6 +409,7 @@ def _check_ranges(policy: Policy) -> None:
         "[layerwise] tau must be positive": layerwise.tau > 0,
         "[scoring] false_positive_rate must lie between 0 and 1": 0 < policy.scoring.false_positive_rate < 1,
         "[scoring] checks must name at least one check": len(policy.scoring.checks) > 0,
+        "[scoring] checks must name each check once": len(set(policy.scoring.checks)) == len(policy.scoring.checks),
         "[bad_expert] expert_accuracy must lie between 0 and 1": 0 < policy.bad_expert.expert_accuracy < 1,
         "[bad_expert] auxiliary_epochs must be at least 5": policy.bad_expert.auxiliary_epochs >= 5,
         "[bad_expert] auxiliary_tolerance must lie in [0, 1)": 0 <= policy.bad_expert.auxiliary_tolerance < 1,
@@ -447,6 +459,9 @@ def _check_ranges(policy: Policy) -> None:
         "[model] layout must be 'NCHW' or 'NHWC'": model.layout in (None, "NCHW", "NHWC"),
         "[model] channels must be 1 or 3": model.channels in (None, 1, 3),
         "[model] height and width must be at least 4": all(size is None or size >= 4 for size in (model.height, model.width)),
+        "[model] mean and std must hold one number, or one for each of three channels": all(
+            values is None or len(values) in (1, 3) for values in (model.mean, model.std)
+        ),
         "[model] std must be positive": model.std is None or (len(model.std) > 0 and min(model.std) > 0),
         "[model] clean_accuracy must lie in [0, 1]": model.clean_accuracy is None or 0 <= model.clean_accuracy <= 1,
         "[model] low must be below high": model.low is None or model.high is None or model.low < model.high,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from audit_plugin.canonical import document_digest
 from audit_plugin.data.expectations import build_expectation, ephemeral_context, exception_message
 from audit_plugin.errors import AuditError, UsageError, nearest
+from audit_plugin.policy import SCORERS
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.report.schema import to_document
 from audit_plugin.types import AuditReport, Expectation, Verdict
@@ -36,8 +37,6 @@ CLASS_MEASURES: Mapping[str, str] = {
     "neuron_noise": "The noise in the weights that the next class needs over the least.",
 }
 """The checks that measure classes, with what their ratio is."""
-SCORERS = ("layerwise", "bad_expert", "beniful", "activation_norm")
-"""The checks that score inputs."""
 
 _NOT_RUN = "not run"
 _LARGEST_FILE = 1024 * 1024

@@ -16,7 +16,7 @@ from audit_plugin.maths.rates import is_within
 from audit_plugin.model.load import load_network
 from audit_plugin.model.save import save_network
 from audit_plugin.model.subject import Subject, prepare_subject
-from audit_plugin.policy import Policy
+from audit_plugin.policy import REPAIRS, Policy
 from audit_plugin.preparation import prepare
 from audit_plugin.progress import NoProgress, Progress
 from audit_plugin.repair import BenifulRepair, Repair, RepairedModel
@@ -27,7 +27,6 @@ from audit_plugin.types import AuditReport, ImageArray, ModelRef, RepairReport, 
 
 log = logging.getLogger(__name__)
 
-METHODS = (BenifulRepair.name, NormPruning.name)
 
 _PAIR_STANDS_OUT = "pair-stands-out"  # the verdict's reason when the suspected class is that of a pair of classes
 _SAME_ANSWERS = 1e-3  # of the largest logit: what two exports of one network may differ by
@@ -113,8 +112,8 @@ def repair_of(method: str, accuracy_budget: float) -> Repair:
     Raises:
         UsageError: there is no such method, or the budget lies outside [0, 1).
     """
-    if method not in METHODS:
-        raise UsageError(f"There is no repair method '{method}'.{nearest(method, METHODS)}")
+    if method not in REPAIRS:
+        raise UsageError(f"There is no repair method '{method}'.{nearest(method, REPAIRS)}")
     if not 0.0 <= accuracy_budget < 1.0:
         raise UsageError(f"The accuracy budget must lie in [0, 1), got {accuracy_budget:g}; 0.02 are two points.")
     if method == NormPruning.name:
@@ -180,7 +179,7 @@ def _repair(chosen: Repair, subject: Subject, splits: Splits, triggers: Sequence
     try:
         return chosen.repair(subject, splits, triggers, np.random.default_rng(seed))
     except InapplicableError as error:
-        (other,) = [method for method in METHODS if method != chosen.name]
+        (other,) = [method for method in REPAIRS if method != chosen.name]
         raise RepairError(f"'{chosen.name}' cannot repair this model: {error} The other method is --method {other}.") from error
 
 

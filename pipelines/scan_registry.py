@@ -27,8 +27,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, signer_from_environment
+from audit_plugin.canonical import document_digest
 from audit_plugin.errors import AuditError, RegistryError, UsageError
 from audit_plugin.gate import LAST_WORD, Requirements, Standing, standing_of
+from audit_plugin.model.input_spec import input_tags
 from audit_plugin.policy import Policy, load_policy
 from audit_plugin.promotion import PromotionSuite, load_suite
 from audit_plugin.registry import EXPERIMENT as AUDITS
@@ -38,7 +40,7 @@ from audit_plugin.requirements import load_requirements, resolved_source, suite_
 from audit_plugin.types import AuditReport, Verdict
 from pipelines.scan.digest import Digests
 from pipelines.scan.engine import Engine, Finished, Task, reason_of, with_retries
-from pipelines.scan.listing import Found, Scope, clean_images_key, find_versions
+from pipelines.scan.listing import Found, Scope, clean_images_key, find_versions, inputs_of
 from pipelines.scan.lock import EXPERIMENT, scan_lock
 from pipelines.scan.notify import message_of, notify
 from pipelines.scan.page import render_page, run_address
@@ -227,7 +229,12 @@ def _plan(client: MlflowClient, rules: Rules, previous: Summary | None, stop: th
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    tasks = {task.uri: task for task in results if isinstance(task, Task)}
+    # Those that the last scan tried in vain come last, lest they use up every scan's limit.
+    broken = {row.uri for row in previous.of("error")} if previous else set()
+    tasks = {
+        task.uri: task
+        for task in sorted((task for task in results if isinstance(task, Task)), key=lambda task: task.uri in broken)
+    }
     waiting = set(list(tasks)[rules.options.limit :]) if rules.options.limit is not None else set()
     rows = []
     for entry, result in zip(found, results, strict=True):
@@ -244,7 +251,10 @@ def _look(
     """What is known of a version without an audit, or the task of auditing it."""
     facts = entry.facts
     try:
-        known = refused.get(_row(entry, "error").key)
+        row = _row(entry, "error")
+        known = refused.get(row.key)
+        if known is not None and known.inputs != row.inputs:
+            known = None
         standing = standing_of(facts, rules.requirements, digest=None)
         trusted = rules.trusts and not rules.options.again and _is_current(standing, entry, rules)
         if (trusted or known is not None) and not stop.is_set():
@@ -280,7 +290,13 @@ def _is_current(standing: Standing, entry: Found, rules: Rules) -> bool:
         # The last that an audit writes: without it the audit was killed before it was logged as a whole.
         and entry.facts.tags.get(VERDICT_TAG) == verdict
         # A setting of the model's input, or other clean images, may be all that was missing.
-        and (verdict != Verdict.INCONCLUSIVE or attestation.tags.get("audit.policy_digest") == rules.policy.digest)
+        and (
+            verdict != Verdict.INCONCLUSIVE
+            or (
+                attestation.tags.get("audit.policy_digest") == rules.policy.digest
+                and attestation.facts.get("input_tags") == document_digest(input_tags(entry.facts.tags))
+            )
+        )
     )
 
 
@@ -292,6 +308,7 @@ def _notes(rules: Rules, found: Sequence[Found]) -> list[str]:
         notes.append(
             f"Without {VERIFYING_KEYS} no earlier audit can be believed, so nothing is skipped. "
             "'backdoor-audit keygen FOLDER' makes a pair of keys."
+            + (" With --limit every scan audits the same ones." if rules.options.limit is not None else "")
         )
     elif signer is None or signer.public_key.keyid not in keys.identifiers:
         notes.append(
@@ -312,7 +329,8 @@ def _notes(rules: Rules, found: Sequence[Found]) -> list[str]:
 
 def _row(entry: Found, outcome: Outcome, **more: Any) -> Row:
     facts = entry.facts
-    return Row(facts.name, facts.version, _text(facts.created), entry.aliases, entry.is_promoted, outcome, **more)
+    created, inputs = _text(facts.created), inputs_of(entry)
+    return Row(facts.name, facts.version, created, entry.aliases, entry.is_promoted, outcome, inputs=inputs, **more)
 
 
 def _earlier(entry: Found, standing: Standing) -> Row:

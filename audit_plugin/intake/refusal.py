@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from audit_plugin.errors import IntakeError
 
-LOG_AGAIN = "Log the model again with mlflow.pytorch.log_model(model, name=..., input_example=...), which writes a .pt2."
+LOG_AGAIN = (
+    "Log the model again with mlflow.pytorch.log_model(model, name=..., input_example=..., serialization_format='pt2'), which "
+    "writes a .pt2."
+)
 FETCH_AGAIN = "Download the model again; if the file is the same, it was damaged or crafted."
 
 LARGEST_VALUE = 2**31

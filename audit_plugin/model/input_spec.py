@@ -23,6 +23,11 @@ def is_input_tag(name: str) -> bool:
     return name.startswith(TAG_PREFIX) or name == CLASSES_TAG
 
 
+def input_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Those of a version's tags that say how images become input, or what the classes are called."""
+    return {name: value for name, value in tags.items() if is_input_tag(name)}
+
+
 def open_shape(policy: ModelPolicy) -> tuple[int, int, int, int]:
     """What the policy says about the input shape, in the model's layout; -1 for what it leaves open."""
     channels, height, width = (size if size else -1 for size in (policy.channels, policy.height, policy.width))

@@ -18,7 +18,7 @@ from audit_plugin import confined
 from audit_plugin.attestation import SIGNING_KEY, signer_from_environment
 from audit_plugin.errors import AuditError, RegistryError, UsageError
 from audit_plugin.manifest import digest_of, manifest_of
-from audit_plugin.model.input_spec import is_input_tag
+from audit_plugin.model.input_spec import input_tags
 from audit_plugin.registry.connection import (
     NETWORK_ERRORS,
     check_server,
@@ -70,9 +70,8 @@ def register_repaired(original: ModelRef, file: Path, repair: RepairReport, subj
             log_finite_metrics(client, run_id, _repair_metrics(repair))
             return _log_file(client, file, subject, experiment_id, run_id)
 
-        input_tags = {key: value for key, value in original.tags.items() if is_input_tag(key)}
         title = f"{original.name} v{original.version}: repaired"
-        return _new_version(client, original.name, title, origin, log_into, input_tags)
+        return _new_version(client, original.name, title, origin, log_into, input_tags(original.tags))
 
 
 def register_guard(guard: GuardReport, file: Path, name: str) -> str:
@@ -115,8 +114,9 @@ def register_guard(guard: GuardReport, file: Path, name: str) -> str:
                     raise
             return model_id
 
-        input_tags = {key: value for key, value in model.tags.items() if is_input_tag(key)}
-        return _new_version(client, name, f"{name}: guard of {model.pinned_uri}", origin, log_into, {**input_tags, **figures})
+        return _new_version(
+            client, name, f"{name}: guard of {model.pinned_uri}", origin, log_into, {**input_tags(model.tags), **figures}
+        )
 
 
 def _repair_metrics(repair: RepairReport) -> dict[str, float]:

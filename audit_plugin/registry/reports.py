@@ -17,8 +17,10 @@ from mlflow.entities import LoggedModelInput
 from mlflow.tracking import MlflowClient
 
 from audit_plugin.attestation import TAG_OF, Statement, sign, signer_from_environment
+from audit_plugin.canonical import document_digest
 from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import manifest_of
+from audit_plugin.model.input_spec import input_tags
 from audit_plugin.policy import verdict_digest_of
 from audit_plugin.promotion import SEARCHES, Promotion
 from audit_plugin.registry.connection import (
@@ -165,6 +167,7 @@ def _attestation(client: MlflowClient, report: AuditReport, files: Path, promoti
         "promotion": {"allowed": promotion.allowed, "suite_digest": promotion.suite_digest},
         "clean_set": {"digest": report.clean_set.digest, "images": sum(report.clean_set.images_per_class)},
         "seed": report.seed,
+        "input_tags": document_digest(input_tags(model.tags)),
         "suspected_class": None if suspected is None else {"index": suspected, "name": report.subject.class_names[suspected]},
         "reasons": [reason.code for reason in report.decision.reasons],
         "tool_version": report.tool_version,

@@ -14,8 +14,10 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from audit_plugin.canonical import document_digest
 from audit_plugin.errors import UsageError, nearest
 from audit_plugin.gate import VersionFacts, is_protected
+from audit_plugin.model.input_spec import input_tags
 from audit_plugin.policy import GatePolicy, Policy
 from audit_plugin.registry import facts_of, registered_version
 from audit_plugin.report.sanitise import clean_text
@@ -117,6 +119,11 @@ def find_versions(client: MlflowClient, scope: Scope, gate: GatePolicy) -> list[
     return sorted(found.values(), key=lambda entry: (not entry.is_promoted, -entry.facts.created.timestamp(), entry.facts.uri))
 
 
+def inputs_of(entry: Found) -> str:
+    """Digest of the tags that say how images become a version's input, and which clean images it is audited with."""
+    return document_digest({"version": input_tags(entry.facts.tags), "model": entry.model_tags.get(CLEAN_IMAGES_TAG)})
+
+
 def clean_images_key(entry: Found, policy: Policy) -> str:
     """The key of the policy's [clean_images] that a version is audited with.
 
@@ -162,7 +169,8 @@ def _versions(client: MlflowClient, wanted: str | None, models: Mapping[str, Reg
         return
     seen = {(version.name, str(version.version)) for version in tagged}
     for name in sorted({version.name for version in tagged}):
-        highest = max(int(version.version) for version in (*models[name].latest_versions, *tagged) if version.name == name)
+        latest = models[name].latest_versions if name in models else []  # it may have come after the models were listed
+        highest = max(int(version.version) for version in (*latest, *tagged) if version.name == name)
         for number in range(1, highest + 1):
             if (name, str(number)) not in seen:
                 try:

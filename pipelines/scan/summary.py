@@ -31,7 +31,8 @@ class Row:
         audited: by this scan; else the verdict is of an earlier audit that still counts.
         digest: of its files, as far as this scan knows.
         reason: one line for a reader; of an error why.
-        refused: these very files cannot be audited, for a reason that lies in them.
+        inputs: digest of the tags that say how images become input, and which.
+        refused: these very files cannot be audited, for a reason that lies in them or in those tags.
         suspected: name of the suspected class.
         run_id: of the audit.
     """
@@ -44,6 +45,7 @@ class Row:
     outcome: Outcome
     audited: bool = False
     digest: str | None = None
+    inputs: str = ""
     reason: str = ""
     refused: bool = False
     suspected: str | None = None

@@ -19,6 +19,7 @@ from audit_plugin.checks import (
     InputScorer,
 )
 from audit_plugin.checks.measurement import measure_classes
+from audit_plugin.policy import SCORERS
 from audit_plugin.types import FitSplit, Trigger
 from audit_plugin.zoo.architectures import SmallCnn
 from audit_plugin.zoo.data import digits
@@ -38,6 +39,10 @@ def digit_subject(make_subject):
 def test_names_are_unique():
     names = [check.name for check in CHECKS]
     assert len(set(names)) == len(names)
+
+
+def test_a_policy_may_name_every_check_on_inputs_and_no_other():
+    assert tuple(check.name for check in INPUT_SCORERS) == SCORERS
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -15,7 +16,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from audit_plugin.attestation import TAG_OF, VERIFYING_KEYS, keys_from_environment, verify
+from audit_plugin.attestation import TAG_OF, VERIFYING_KEYS, keys_from_environment, signer_from_environment, verify
+from audit_plugin.manifest import digest_of, manifest_of
+from audit_plugin.registry import facts_of, put_statement
 from pipelines.scan.listing import CLEAN_IMAGES_TAG
 from tests.scanned_registry import ScannedRegistry
 
@@ -227,6 +230,41 @@ def test_what_changed_is_audited_again_and_nothing_else(first, registry, scan):
         note.unlink()
     plan = json.loads(scan("--dry-run", "--format", "json").stdout)
     assert outcomes(plan)["faces/1"] == "pass"
+
+
+def test_a_version_that_was_refused_is_tried_again_once_its_input_tags_change_and_after_all_others(first, registry, scan):
+    assert outcomes(json.loads(scan("--dry-run", "--format", "json").stdout))[f"{HOSTILE}/1"] == "error"
+    registry.client.set_model_version_tag(HOSTILE, "1", "audit.input.mean", "0.5")
+    try:
+        plan = json.loads(scan("--dry-run", "--format", "json").stdout)
+        assert [name for name, outcome in outcomes(plan).items() if outcome == "pending"] == [f"{HOSTILE}/1"]
+        plan = json.loads(scan("--dry-run", "--again", "--limit", "3", "--format", "json").stdout)
+        assert [row["name"] for row in plan["versions"] if "--limit" in row["reason"]] == [HOSTILE]
+    finally:
+        registry.client.delete_model_version_tag(HOSTILE, "1", "audit.input.mean")
+
+
+def test_an_inconclusive_version_is_audited_again_once_its_input_tags_change(first, registry, scan):
+    def pending(tags):
+        version = registry.client.get_model_version("digits", "1")
+        held = verify(version.tags[TAG_OF["verdict"]], keys_from_environment(environment=registry.environment))
+        facts = {**held.facts, "verdict": "inconclusive"}
+        added = registry.add("digits-unsure", tags=tags)
+        statement = dataclasses.replace(
+            held,
+            name="digits-unsure",
+            version=str(added.version),
+            digest=digest_of(manifest_of(registry.files_of(added))),
+            version_created=facts_of(added).created,
+            facts=facts,
+            tags={**held.tags, "audit.verdict": "inconclusive"},
+        )
+        put_statement(statement, signer_from_environment())
+        plan = json.loads(scan("--dry-run", "--format", "json", "--filter", "name = 'digits-unsure'").stdout)
+        return outcomes(plan)[f"digits-unsure/{added.version}"] == "pending"
+
+    assert not pending({})
+    assert pending({"audit.input.mean": "0.5"})
 
 
 def test_a_forged_verdict_is_not_believed(first, registry, scan):

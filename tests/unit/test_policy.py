@@ -38,6 +38,10 @@ def test_a_list_without_an_empty_default_is_read_too():
     [
         ({"layerwize": {}}, r"no section \[layerwize\]. Did you mean 'layerwise'"),
         ({"layerwise": {"taus": 2}}, r"\[layerwise\] has no key 'taus'. Did you mean 'tau'"),
+        ({"scoring": {"checks": ["layerwize"]}}, r"\[scoring\] checks .* 'layerwize', .* Did you mean 'layerwise'"),
+        ({"scoring": {"checks": ["layerwise", "layerwise"]}}, r"\[scoring\] checks must name each check once"),
+        ({"repair": {"method": "prunne"}}, r"\[repair\] method .* 'prunne', .* Did you mean 'prune'"),
+        ({"model": {"mean": [0.5, 0.5]}}, r"\[model\] mean and std must hold one number, or one for each of three"),
         ({"layerwise": {"tau": "high"}}, r"\[layerwise\] tau in the policy must be float, got 'high'"),
         ({"layerwise": {"tau": True}}, "must be float, got True"),
         ({"trigger_inversion": {"steps": 1.5}}, "must be int, got 1.5"),

@@ -9,9 +9,10 @@ import pytest
 
 from audit_plugin.errors import RepairError, UsageError
 from audit_plugin.maths.rates import rate
+from audit_plugin.policy import REPAIRS
 from audit_plugin.repair import BenifulRepair
 from audit_plugin.repair.norm_pruning import NormPruning
-from audit_plugin.repairing import METHODS, _check_budget, _target, class_index, recovered_triggers, repair_of
+from audit_plugin.repairing import _check_budget, _target, class_index, recovered_triggers, repair_of
 from audit_plugin.types import (
     Decision,
     Inapplicable,
@@ -111,7 +112,7 @@ def test_an_unknown_class_is_named_with_the_nearest(wanted, hint):
 
 
 def test_methods_get_the_budget():
-    assert [repair_of(method, 0.05) for method in METHODS] == [BenifulRepair(accuracy_budget=0.05), NormPruning(0.05)]
+    assert [repair_of(method, 0.05) for method in REPAIRS] == [BenifulRepair(accuracy_budget=0.05), NormPruning(0.05)]
     with pytest.raises(UsageError, match="Did you mean 'prune'"):
         repair_of("prunes", 0.05)
     for budget in (-0.01, 1.0, float("nan")):
