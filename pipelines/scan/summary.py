@@ -31,7 +31,7 @@ class Row:
         audited: by this scan; else the verdict is of an earlier audit that still counts.
         digest: of its files, as far as this scan knows.
         reason: one line for a reader; of an error why.
-        inputs: digest of the tags that say how images become input, and which.
+        inputs: digest of the tags that say how images become input, and which clean images these are.
         refused: these very files cannot be audited, for a reason that lies in them or in those tags.
         suspected: name of the suspected class.
         run_id: of the audit.
