@@ -49,6 +49,7 @@ from audit_plugin.types import (
     ImageArray,
     Inapplicable,
     InputScores,
+    IntakeFinding,
     Measured,
     ModelRef,
     Outcome,
@@ -173,7 +174,7 @@ def audit(
         subject.summary.class_names,
         policy.verdict,
         required=required,
-        findings=prepared.intake.findings,
+        findings=(*prepared.intake.findings, *_hidden_scores(subject, prepared.intake.data_path)),
         canaries=canaries,
         required_canaries=policy.canaries.required if policy.canaries.families else (),
         calibration=calibration,
@@ -340,6 +341,14 @@ def _measure_clean_set(subject: Subject, loaded: LoadedImages, splits: Splits, s
         ),
         notes=loaded.notes,
     )
+
+
+def _hidden_scores(subject: Subject, path: str) -> tuple[IntakeFinding, ...]:
+    """What no search can look behind, although every node of the graph is harmless."""
+    if not subject.may_hide_scores:
+        return ()
+    why = "it answers with probabilities that no softmax gives, and where one is nearly zero no gradient leads to its class"
+    return (IntakeFinding(path, f"{why}; log the model with logits for an answer", "scores-hidden"),)
 
 
 def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:

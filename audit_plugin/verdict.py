@@ -131,14 +131,25 @@ def decide(
             ),
         )
 
-    compared = _fewest_compared(search)
-    if compared < max(3, len(class_names) / 2):
+    compared, searched = _fewest_compared(search), len(class_names) - len(search.classes_skipped)
+    if compared < max(3, searched / 2):
         doubts = (
             *doubts,
             Reason(
                 "search-did-not-converge",
-                f"The search found a working trigger for only {compared} of {len(class_names)} classes, too few to compare "
+                f"The search found a working trigger for only {compared} of {searched} classes, too few to compare "
                 "with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
+            ),
+        )
+
+    elif unreached := _unreached(search):
+        named = _listed([class_names[label] for label in unreached])
+        doubts = (
+            *doubts,
+            Reason(
+                "classes-not-reached",
+                f"The search found no working trigger for {named}, so nothing is known of them. Raise [trigger_inversion] steps "
+                "in the policy; a model that hides its gradients ends here too.",
             ),
         )
 
@@ -191,6 +202,19 @@ def _fewest_compared(search: TriggerSearch) -> int:
         ),
         default=0,
     )
+
+
+def _unreached(search: TriggerSearch) -> list[int]:
+    """Classes for which no candidate of any family works: there is one for every class of a network that gives gradients."""
+    candidates = [candidate for candidate in search.candidates if candidate.trigger.family != "wave"]
+    reached = {candidate.trigger.target_class for candidate in candidates if candidate.is_compared}
+    return sorted({candidate.trigger.target_class for candidate in candidates} - reached)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first five of them, quoted."""
+    quoted = [f"'{name}'" for name in names[:5]]
+    return f"{', '.join(quoted)}{' and others' if len(names) > 5 else ''}"
 
 
 def _doubts(
@@ -257,10 +281,9 @@ def _unsearched_pairs(pairs: TriggerSearch | None, class_names: Sequence[str]) -
     """The blind spot of source-specific backdoors, if it is one."""
     if pairs is None:
         return (UNSEARCHED_PAIRS,)
-    sources = [f"'{class_names[label]}'" for label in pairs.classes_skipped]
-    if not sources:
+    if not pairs.classes_skipped:
         return ()
-    named = f"{', '.join(sources[:5])}{' and others' if len(sources) > 5 else ''}"
+    named = _listed([class_names[label] for label in pairs.classes_skipped])
     return (f"Triggers that work from one class only were not searched for from {named}, which have too few clean images.",)
 
 

@@ -7,6 +7,7 @@ guard all speak about the same pixels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import warnings
@@ -24,10 +25,12 @@ from torch import fx, nn
 from audit_plugin.errors import ExportError, InapplicableError
 from audit_plugin.model.load import Network
 from audit_plugin.model.onnx_graph import choose_onnx_taps, expose
+from audit_plugin.model.onnx_graph import without_softmax as onnx_without_softmax
 from audit_plugin.model.onnx_to_torch import OnnxModule
 from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.taps import Tap
 from audit_plugin.model.torch_graph import choose_graph_taps, with_taps
+from audit_plugin.model.torch_graph import without_softmax as torch_without_softmax
 from audit_plugin.types import FloatArray, InputSpec
 
 log = logging.getLogger(__name__)
@@ -50,16 +53,32 @@ class Exported:
     module_missing: str = ""
 
 
+def logits_network(network: Network) -> Network:
+    """The network before the softmax that ends it; as it is, where its answer is no softmax.
+
+    The logarithm of probabilities would be logits too, up to a constant a row. But a class whose probability is zero in float32
+    has no gradient, so that a search would never find what makes it likely: scaling one class's score would hide a backdoor.
+    """
+    if not network.gives_probabilities:
+        return network
+    program = network.program
+    plain = onnx_without_softmax(program) if isinstance(program, onnx.ModelProto) else torch_without_softmax(program)
+    return network if plain is None else dataclasses.replace(network, program=plain, gives_probabilities=False)
+
+
 def export(network: Network, spec: InputSpec) -> Exported:
     """Export with one named output a tap, in order, and ``logits`` last.
+
+    Probabilities become logits: see :func:`logits_network`; where that cannot be, by a logarithm, which is bounded below.
 
     Raises:
         ExportError: torch cannot translate the graph; the line names the operator.
         SubjectError: the graph is not one image in, one row of scores out.
     """
-    if isinstance(network.program, onnx.ModelProto):
-        return _export_onnx(network.program, network, spec)
-    return _export_torch(network.program, network, spec)
+    plain = logits_network(network)
+    if isinstance(plain.program, onnx.ModelProto):
+        return _export_onnx(plain.program, plain, spec)
+    return _export_torch(plain.program, plain, spec)
 
 
 class PixelModel(nn.Module):
@@ -172,6 +191,11 @@ def _is_row_an_image(value: FloatArray, changed: FloatArray, count: int) -> bool
 
 def _for_any_batch(module: nn.Module, batch_size: int | None) -> nn.Module:
     return module if batch_size is None else InBatches(module, batch_size)
+
+
+def append_softmax(model: onnx.ModelProto) -> None:
+    """Add the probabilities ``audit_probabilities`` of a graph's ``logits``."""
+    model.graph.node.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1))
 
 
 def append_logarithm(model: onnx.ModelProto) -> None:

@@ -9,7 +9,15 @@ import numpy as np
 import onnx
 
 from audit_plugin.errors import ExportError
-from audit_plugin.model.export import LOGITS, PIXELS, PROBABILITIES, append_logarithm, export
+from audit_plugin.model.export import (
+    LOGITS,
+    PIXELS,
+    PROBABILITIES,
+    append_logarithm,
+    append_softmax,
+    export,
+    logits_network,
+)
 from audit_plugin.model.load import Network
 from audit_plugin.model.onnx_graph import input_and_output, input_element, rename_values
 from audit_plugin.model.reductions import append_flag
@@ -39,12 +47,13 @@ def guarded_model(network: Network, append_to: Callable[..., onnx.ModelProto], t
     """
     if isinstance(network.program, onnx.ModelProto) and (element := input_element(network.program)) != np.float32:
         raise ExportError(f"A guard takes float32, and this model takes {element}, so a guard could not stand in for it.")
-    # Without the clamp and the logarithm that an audit needs: the answer stays what it was.
-    exported = export(dataclasses.replace(network, gives_probabilities=False), _own_scale(network.input_shape)).onnx_model
+    plain = logits_network(network)
+    # Without the clamp and the logarithm that an audit may need: the answer stays what it was.
+    exported = export(dataclasses.replace(plain, gives_probabilities=False), _own_scale(network.input_shape)).onnx_model
     answer = onnx.ValueInfoProto()
     answer.CopyFrom(next(output for output in exported.graph.output if output.name == LOGITS))
     if network.gives_probabilities:
-        append_logarithm(exported)
+        (append_logarithm if plain.gives_probabilities else append_softmax)(exported)
         answer.name = PROBABILITIES
     scored = append_to(exported, score=_SUSPICION)
     guarded = append_flag(scored, score=_SUSPICION, threshold=threshold, flag=_IS_SUSPICIOUS)

@@ -240,6 +240,25 @@ def expose(model: ModelProto, taps: Sequence[Tap], spec: InputSpec) -> ModelProt
     return _checked(exposed)
 
 
+def without_softmax(model: ModelProto) -> ModelProto | None:
+    """A copy that answers with what its last softmax is taken of; None where something else gives the answer.
+
+    The rows of the answer are known to sum to 1, so each is one softmax, whatever shape lies between the two.
+    """
+    source, sink = input_and_output(model)
+    scores = _scores_value(model.graph, source, sink)
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    readers = sum(name == scores for node in copied.graph.node for name in reads(node)) + (scores == sink)
+    producers = {name: node for node in copied.graph.node for name in node.output if name}
+    softmax = producers.get(scores)
+    if softmax is None or softmax.op_type != "Softmax" or readers != 1:
+        return None
+    softmax.op_type = "Identity"
+    del softmax.attribute[:]
+    return copied
+
+
 def rename_values(model: ModelProto, names: Mapping[str, str]) -> None:
     """Call values of the graph, its input and outputs included, by the names that ``names`` gives them; in place.
 

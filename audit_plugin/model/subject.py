@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from audit_plugin.errors import ExportError, InapplicableError, SubjectError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.export import LOGITS, Exported, InBatches, PixelModel, export
+from audit_plugin.model.export import LOGITS, Exported, InBatches, PixelModel, export, logits_network
 from audit_plugin.model.load import Network
 from audit_plugin.model.onnx_to_torch import OnnxModule
 from audit_plugin.model.runtime import Session, serialised
@@ -46,6 +46,11 @@ class Subject:
     @property
     def class_count(self) -> int:
         return self.summary.class_count
+
+    @property
+    def may_hide_scores(self) -> bool:
+        """Whether it answers with probabilities that are no softmax: where one is nearly zero, no gradient leads to its class."""
+        return logits_network(self.network).gives_probabilities
 
     def torch_module(self) -> nn.Module:
         """pixels (N, channels, height, width) -> (tap, ..., logits), with gradients; weights are frozen.

@@ -17,6 +17,7 @@ _RESHAPING = (
     "t", "squeeze", "unsqueeze", "dropout", "select", "slice", "expand", "clone", "contiguous", "pad", "constant_pad",
     "_to_copy", "to", "upsample", "alias", "detach", "narrow", "roll", "split", "chunk", "_assert", "pixel", "lift",
 )  # fmt: skip
+_SOFTMAX = ("softmax", "_softmax")
 _SAME_VALUES = (
     "view",
     "_unsafe_view",
@@ -80,6 +81,25 @@ def with_taps(graph: fx.GraphModule, taps: tuple[Tap, ...]) -> fx.GraphModule:
     return fx.GraphModule(graph, copied)
 
 
+def without_softmax(graph: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy that answers with what its last softmax is taken of; None where something else gives the answer. Weights are shared.
+
+    The rows of the answer are known to sum to 1, so each is one softmax, whatever shape lies between the two.
+    """
+    _, answer = input_and_output(graph)
+    softmax = _scores(answer)
+    if _operator(softmax) not in _SOFTMAX or len(softmax.users) != 1:
+        return None
+    copied = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    copied.graph_copy(graph.graph, mapping)
+    copied.output(mapping[answer])
+    taken_of = mapping[softmax].args[0]
+    mapping[softmax].replace_all_uses_with(taken_of)  # type: ignore[arg-type]  # of a tensor
+    copied.erase_node(mapping[softmax])
+    return fx.GraphModule(graph, copied)
+
+
 def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a module without guards or input checks, in-place operations made functional.
 
@@ -98,8 +118,8 @@ def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 def _scores(logits: fx.Node) -> fx.Node:
     """The value that holds the class scores, before nodes that only put them into another shape."""
-    while _operator(logits) in _SAME_VALUES and len(logits.all_input_nodes) == 1:
-        (logits,) = logits.all_input_nodes
+    while _operator(logits) in _SAME_VALUES and isinstance(value := logits.args[0], fx.Node):  # the others are sizes
+        logits = value
     return logits
 
 

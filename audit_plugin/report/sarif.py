@@ -62,6 +62,16 @@ RULES: Mapping[str, tuple[str, str]] = {
         "Not every class was searched for a trigger",
         "Raise [trigger_inversion] maximum_classes in the policy and audit again.",
     ),
+    "classes-not-reached": (
+        "The search found no working trigger for some classes",
+        "Nothing is known of these classes. Raise [trigger_inversion] steps in the policy and audit again. A model that hides "
+        "its gradients ends here too.",
+    ),
+    "scores-hidden": (
+        "The model's scores are probabilities too small to search by",
+        "Where a probability is nearly zero, no gradient leads to its class. Log the model without what turns its scores into "
+        "probabilities, and audit again.",
+    ),
     "search-did-not-converge": (
         "The search found working triggers for too few classes",
         "Raise [trigger_inversion] steps in the policy and audit again. A model that hides its gradients ends here too.",

@@ -229,10 +229,40 @@ def test_a_search_that_found_nothing_is_no_pass():
     decision = verdict(dataclasses.replace(measured, measurement=TriggerSearch(tuple(lost), 200)), layerwise())
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert "search-did-not-converge" in codes(decision)
+    assert "only 4 of 10 classes" in decision.reasons[0].message
     nothing = [dataclasses.replace(candidate, outlier=-np.inf) for candidate in lost]
     decision = verdict(dataclasses.replace(measured, measurement=TriggerSearch(tuple(nothing), 200)), layerwise())
     assert decision.verdict is Verdict.INCONCLUSIVE
     assert "only 0 of 10 classes" in " ".join(reason.message for reason in decision.reasons)
+
+
+def test_classes_without_any_working_trigger_were_not_measured():
+    measured = search(39)
+
+    def lost(*labels, families=("patch",)):
+        candidates = [
+            dataclasses.replace(candidate, trigger=dataclasses.replace(candidate.trigger, family=family), outlier=outlier)
+            for family in ("patch", "additive")
+            for candidate in measured.measurement.candidates
+            for outlier in [-np.inf if candidate.trigger.target_class in labels and family in families else candidate.outlier]
+        ]
+        return verdict(
+            dataclasses.replace(measured, measurement=TriggerSearch(tuple(candidates), 200)), layerwise(), waves_of(-5.0)
+        )
+
+    assert lost(7).verdict is Verdict.PASS, "the other family reached it"
+    decision = lost(7, 8, families=("patch", "additive"))
+    assert (decision.verdict, codes(decision)[0]) == (Verdict.INCONCLUSIVE, "classes-not-reached")
+    assert "no working trigger for 'h', 'i'," in decision.reasons[0].message
+
+
+def test_of_many_classes_those_that_were_searched_are_counted():
+    names = tuple(map(str, range(40)))
+    measured = search(39, classes=40)
+    kept = TriggerSearch(measured.measurement.candidates[:12], 200, classes_skipped=tuple(range(12, 40)))
+    assert codes(verdict(dataclasses.replace(measured, measurement=kept), layerwise(), names=names))[:-1] == [
+        "classes-not-searched"
+    ]
 
 
 def canary(family: str, standing: str) -> CanaryResult:

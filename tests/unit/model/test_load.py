@@ -247,8 +247,51 @@ def test_channels_last_input_is_recognised(load: Load) -> None:
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-def test_probabilities_become_logits_of_the_same_order(load: Load) -> None:
-    network = load(nn.Sequential(Tiny(), nn.Softmax(dim=1)))
+class Divided(nn.Module):
+    """Ends in probabilities that are a softmax's, but for torch and ONNX come from a division."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raised = self.inner(images).exp()
+        return raised / raised.sum(dim=1, keepdim=True)
+
+
+ENDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "softmax": lambda inner: nn.Sequential(inner, nn.Softmax(dim=1)),
+    "softmax, then another shape": lambda inner: nn.Sequential(
+        inner, nn.Unflatten(1, (5, 1, 1)), nn.Softmax(dim=1), nn.Dropout(), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_a_last_softmax_is_taken_of_are_the_logits(load: Load, end: str) -> None:
+    network = load(ENDS[end](Tiny()))
+    assert network.gives_probabilities
+    subject = subject_of(network)
+    assert_same_answers(subject, Tiny(), pictures(6))
+    check_parity(subject, pictures(6))
+    assert not subject.may_hide_scores
+    assert subject.summary.taps == subject_of(load(nn.Sequential(Tiny()))).summary.taps
+
+
+def test_a_class_that_a_softmax_makes_impossible_still_has_a_gradient(load: Load) -> None:
+    """One class's score far below the others': its probability is zero in float32, so the logarithm of it would be flat."""
+    inner = Tiny()
+    with torch.no_grad():
+        inner.head.bias[2] -= 1000.0
+    module = subject_of(load(nn.Sequential(inner, nn.Softmax(dim=1)))).torch_module()
+    pixels = torch.rand(4, 3, SIZE, SIZE, requires_grad=True)
+    module(pixels)[-1][:, 2].sum().backward()
+    assert pixels.grad is not None
+    assert (pixels.grad.flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_other_probabilities_become_logits_by_their_logarithm_and_may_hide_scores(load: Load) -> None:
+    network = load(Divided(Tiny()))
     assert network.gives_probabilities
     images = pictures(6)
     subject = subject_of(network)
@@ -256,6 +299,7 @@ def test_probabilities_become_logits_of_the_same_order(load: Load) -> None:
     expected = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(subject.logits(images), expected, rtol=1e-3, atol=1e-4)
     check_parity(subject, images)
+    assert subject.may_hide_scores
 
 
 def test_logits_are_not_taken_for_probabilities(load: Load) -> None:

@@ -17,7 +17,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from audit_plugin.errors import IntakeError, SubjectError
-from audit_plugin.model.onnx_graph import choose_onnx_taps, declared_input_shape, expose, input_and_output, read_model
+from audit_plugin.model.onnx_graph import (
+    choose_onnx_taps,
+    declared_input_shape,
+    expose,
+    input_and_output,
+    read_model,
+    without_softmax,
+)
 from audit_plugin.model.taps import Tap
 from audit_plugin.model.torch_graph import choose_graph_taps, plain_graph
 from audit_plugin.types import InputSpec
@@ -414,3 +421,43 @@ def test_a_quantised_model_is_tapped_on_its_real_scale(tmp_path: Path, form: str
     # Eight bits over the range of the calibration images: steps of 1/255 of the largest value, in weights and images.
     assert len(taps) == 1
     assert_close(found[taps[0].name], run_onnx(inner, pixels)["relu"], tolerance=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------- a last softmax
+
+
+def ending_in(*nodes: onnx.NodeProto, opset: int = 17) -> ModelProto:
+    """:func:`small_net` with nodes that read its logits, ``z``."""
+    model = small_net(output="z")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    stored["shape"] = np.array([-1, 5], np.int64)
+    return model_of([*model.graph.node, *nodes], stored, ["batch", 3, 8, 8], opset=opset)
+
+
+@pytest.mark.parametrize("opset", [9, 17])
+@pytest.mark.parametrize("after", [(), ("Identity",), ("Reshape", "Identity")])
+def test_without_its_last_softmax_a_model_answers_with_what_that_is_taken_of(after: tuple[str, ...], opset: int) -> None:
+    names = ["p", *(f"p{place}" for place in range(1, len(after))), "y"] if after else ["y"]
+    nodes = [helper.make_node("Softmax", ["z"], names[:1], axis=1)]
+    for place, operator in enumerate(after):
+        extra = ["shape"] if operator == "Reshape" else []
+        nodes.append(helper.make_node(operator, [names[place], *extra], [names[place + 1]]))
+    model = ending_in(*nodes, opset=opset)
+    before, pixels = model.SerializeToString(), random(4, 3, 8, 8)
+    plain = without_softmax(model)
+    assert plain is not None
+    assert_close(run_onnx(plain, pixels)["y"], run_onnx(small_net(), pixels)["y"])
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [helper.make_node("Identity", ["z"], ["y"])],
+        [helper.make_node("Softmax", ["z"], ["p"]), helper.make_node("Add", ["p", "p"], ["y"])],
+        [helper.make_node("LogSoftmax", ["z"], ["l"]), helper.make_node("Exp", ["l"], ["y"])],
+    ],
+    ids=["none", "read twice", "another form"],
+)
+def test_an_answer_that_is_no_softmax_is_left_as_it_is(nodes: list[onnx.NodeProto]) -> None:
+    assert without_softmax(ending_in(*nodes)) is None
