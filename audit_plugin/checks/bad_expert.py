@@ -48,6 +48,7 @@ from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, OWN, TRIANGLE, append_expert_score
 from audit_plugin.model.fine_tuning import accuracy, compute_device, fitting_steps, predicted
+from audit_plugin.model.onnx_graph import opset_version
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray, ImageArray
@@ -65,6 +66,7 @@ _AUXILIARY_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _AUXILIARY_PHASES = 5
 _AUXILIARY_DECAY = 1 / 3  # after each phase
 _LARGEST_GRAPH = 2 * 1024**3  # bytes: the limit of protobuf
+_OLDEST_OPSET = 11  # GatherElements
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class BadExpertScorer(InputScorer):
         """Make experts and auxiliary model, and join them with the model into one ONNX graph.
 
         Raises:
-            InapplicableError: the model gives no gradients, is too large or hardly ever right, there are fewer than 50 images,
-                or no learning rate made the expert forget or let the auxiliary model keep its accuracy.
+            InapplicableError: the model gives no gradients, is too large, in half precision, of an ONNX opset before 11 or hardly
+                ever right, there are fewer than 50 images, or no learning rate made the expert forget or let the auxiliary model
+                keep its accuracy.
         """
         if len(fit_split) < FEWEST_IMAGES:
             raise InapplicableError(
@@ -112,6 +115,12 @@ class BadExpertScorer(InputScorer):
                 f"The model and its {copies} fine-tuned copies would be larger than the 2 GiB that one ONNX file can hold "
                 f"(the model alone has {subject.onnx_model.ByteSize() / 1024**3:.1f} GiB)."
             )
+        if (opset := opset_version(subject.onnx_model)) < _OLDEST_OPSET:
+            raise InapplicableError(
+                f"The score needs ONNX opset {_OLDEST_OPSET}, the model has {opset}. Convert it with onnx.version_converter."
+            )
+        if any(weight.dtype == torch.float16 for weight in _weights(subject.trainable_copy())):
+            raise InapplicableError("Its weights are float16, too coarse to be fine-tuned. Give the float32 model.")
         tuning = _Tuning(subject, fit_split, rng)
         if tuning.accuracy <= self.expert_accuracy:
             raise InapplicableError(

@@ -86,6 +86,8 @@ class MaximumMargin(ClassMeasure):
             if not running.any():
                 break
             last = totals
+            if not reached.requires_grad:
+                raise InapplicableError("No gradient reaches the pixels, for the model takes whole numbers.")
             (gradient,) = torch.autograd.grad(reached.sum(), images)
             with torch.no_grad():
                 images += _STEP * gradient

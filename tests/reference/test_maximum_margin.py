@@ -101,6 +101,18 @@ def test_where_the_ascent_leads_nowhere_nothing_is_measured(weights, make_subjec
         )
 
 
+def test_a_model_that_takes_whole_numbers_has_no_gradient_to_climb(weights, make_subject):
+    with pytest.raises(InapplicableError, match="No gradient reaches the pixels"):
+        MaximumMargin(steps=30).measure(make_subject(Whole(weights), 1, SIZE), UNUSED, range(CLASSES), np.random.default_rng(0))
+
+
+class Whole(Linear):
+    """Sees the pixels as integers."""
+
+    def forward(self, pixels):
+        return super().forward((pixels * 255).to(torch.int32).to(torch.float32) / 255)
+
+
 class Tiny(Linear):
     """Answers with class 0 whatever it sees, but for what ``factor`` lets through."""
 

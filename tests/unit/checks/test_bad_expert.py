@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torchvision
@@ -154,6 +156,22 @@ def refused(check, subject, split, words):
 def test_too_few_images(planted, splits):
     few = FitSplit(splits.fit.images[:49], splits.fit.labels[:49])
     refused(BadExpertScorer(), planted[0], few, r"needs at least 50 clean images in the fit split, there are 49\. Give more")
+
+
+def test_an_old_opset(planted, splits):
+    old = onnx.ModelProto()
+    old.CopyFrom(planted[0].onnx_model)
+    for opset in old.opset_import:
+        opset.version = 9
+    refused(
+        BadExpertScorer(), dataclasses.replace(planted[0], onnx_model=old), splits.fit, "needs ONNX opset 11, the model has 9"
+    )
+
+
+def test_weights_in_half_precision(planted, splits, monkeypatch):
+    copied = Subject.trainable_copy
+    monkeypatch.setattr(Subject, "trainable_copy", lambda self: copied(self).half())
+    refused(BadExpertScorer(), planted[0], splits.fit, "weights are float16")
 
 
 def test_a_model_that_is_never_right(planted, splits):
