@@ -139,7 +139,7 @@ class _FittedActivationNorm(FittedScorer):
 def _last_map(subject: Subject, image: ImageArray) -> FeatureMap:
     values = subject.session.run(to_pixels(image), subject.summary.taps)
     shapes = {layer: values[layer].shape[1:] for layer in subject.summary.taps if values[layer].shape[:1] == (1,)}
-    feature_map = last_feature_map(shapes)
+    feature_map = last_feature_map(shapes, image.shape[1:3])
     if feature_map is None:
         found = ", ".join(f"{layer} {shape}" for layer, shape in shapes.items()) or "none"
         raise InapplicableError(

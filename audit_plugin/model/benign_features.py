@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audit_plugin.errors import InapplicableError
+from audit_plugin.model.feature_maps import has_channels_last
 from audit_plugin.model.runtime import Session
 from audit_plugin.types import FloatArray, ImageArray
 
@@ -47,14 +48,16 @@ class Windows:
     size: int
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], most: int = MOST_FEATURES) -> Windows:
+    def of(cls, shape: tuple[int, ...], image_size: tuple[int, ...], most: int = MOST_FEATURES) -> Windows:
         """The smallest power of two that leaves at most ``most`` numbers, or one number a channel.
 
-        Only maps are averaged, channels first: a transformer's tokens, or channels last (seen by equal first two sizes), are not.
+        Only maps are averaged, channels first: a transformer's tokens, or maps with channels last, are not.
+
+        Args:
+            image_size: height and width of the images.
         """
-        channels_last = len(shape) == 3 and shape[0] == shape[1] != shape[2]
         size = 1
-        if len(shape) == 3 and not channels_last:
+        if len(shape) == 3 and not has_channels_last(shape, image_size):
             while math.prod(cls(shape, size).averaged_shape) > most and size < max(shape[1:]):
                 size *= 2
         return cls(shape, size)
@@ -245,7 +248,7 @@ def averaged_features(
     windows: Windows | None = None
     for _, values in session.stream(images, [tap]):
         if windows is None:
-            windows = Windows.of(values[tap].shape[1:])
+            windows = Windows.of(values[tap].shape[1:], images.shape[1:3])
             needed = training_bytes(len(images), windows.feature_count, class_count, latent_size)
             if needed > BYTES_LIMIT:
                 raise InapplicableError(

@@ -62,7 +62,7 @@ def _attention(module: nn.Module, taps: tuple[str, ...], pixels: Tensor, classes
         outputs = dict(zip((*taps, LOGITS), module(pixels.requires_grad_()), strict=True))
         score = outputs.pop(LOGITS).gather(1, classes[:, None]).sum()
     shapes = {name: tuple(value.shape[1:]) for name, value in outputs.items() if len(value) == len(pixels)}
-    feature_map = last_feature_map(shapes, dimensions=(4,))
+    feature_map = last_feature_map(shapes, tuple(pixels.shape[2:]), dimensions=(4,))
     if feature_map is None:
         raise InapplicableError("Grad-CAM needs a layer with channels, height and width; this model has none.")
     value = outputs[feature_map.layer]

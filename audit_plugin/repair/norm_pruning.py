@@ -170,7 +170,7 @@ def _misled(images: LabelledImages, trigger: Trigger) -> ImageArray:
 def _last_map(subject: Subject, fit_split: FitSplit) -> FeatureMap:
     values = subject.session.run(to_pixels(fit_split.images[:1]), subject.summary.taps) if len(fit_split) else {}
     shapes = {layer: value.shape[1:] for layer, value in values.items() if value.shape[:1] == (1,)}
-    feature_map = last_feature_map(shapes)
+    feature_map = last_feature_map(shapes, fit_split.images.shape[1:3])
     if feature_map is None:
         found = ", ".join(f"{layer} {shape}" for layer, shape in shapes.items()) or "none"
         raise InapplicableError(

@@ -77,7 +77,7 @@ def features_of(subject, images):
 
 def fitted_to(subject, split, most, rng):
     features = features_of(subject, split.images)
-    windows = Windows.of(features.shape[1:], most)
+    windows = Windows.of(features.shape[1:], split.images.shape[1:3], most)
     classes = subject.predict(split.images)
     return fit_benign_features(windows.average(features), classes, windows, CLASSES, rng, latent_size=4, steps=50)
 

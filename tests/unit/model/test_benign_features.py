@@ -26,7 +26,7 @@ FLAT = Windows((FEATURES,), 1)
     ],
 )
 def test_windows_of_a_shape(shape, size, averaged):
-    windows = Windows.of(shape)
+    windows = Windows.of(shape, (64, 64))
     assert (windows.size, windows.averaged_shape) == (size, averaged)
     assert windows.feature_count == np.prod(averaged)
 

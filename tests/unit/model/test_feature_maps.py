@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from audit_plugin.maths.mahalanobis import ClassGaussians
 from audit_plugin.model.export import LOGITS
-from audit_plugin.model.feature_maps import FeatureMap, last_feature_map
+from audit_plugin.model.feature_maps import FeatureMap, has_channels_last, last_feature_map
 from audit_plugin.model.reductions import L1, L2, L_INFINITY, NORMS, append_norm_score, append_norms
 from audit_plugin.model.runtime import Session
 
@@ -31,12 +31,29 @@ from audit_plugin.model.runtime import Session
     ],
 )
 def test_last_feature_map(shapes, expected):
-    found = last_feature_map({f"tap_{index}": shape for index, shape in enumerate(shapes)})
+    found = last_feature_map({f"tap_{index}": shape for index, shape in enumerate(shapes)}, (32, 32))
     assert (found and (int(found.layer[4:]), found.channel_count, found.position_count)) == expected
 
 
 def test_tokens_are_passed_over_where_height_and_width_are_needed():
-    assert last_feature_map({"conv": (8, 6, 6), "tokens": (17, 48)}, dimensions=(4,)) == FeatureMap("conv", (8, 6, 6), False)
+    shapes = {"conv": (8, 6, 6), "tokens": (17, 48)}
+    assert last_feature_map(shapes, (32, 32), dimensions=(4,)) == FeatureMap("conv", (8, 6, 6), False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "image_size", "expected"),
+    [
+        ((16, 16, 32), (32, 64), False),  # as many channels as rows
+        ((16, 16, 32), (32, 32), True),
+        ((16, 32, 16), (32, 64), True),
+        ((32, 16, 10), (64, 32), True),
+        ((32, 16, 8), (64, 32), False),  # 32:16 is 16:8
+        ((64, 7, 15), (30, 61), False),  # rounded
+        ((7, 15, 64), (30, 61), True),
+    ],
+)
+def test_the_aspect_ratio_of_images_tells_where_channels_are(shape, image_size, expected):
+    assert has_channels_last(shape, image_size) is expected
 
 
 def model_with(shape, opset):
