@@ -94,7 +94,7 @@ def audit(
         clean: clean images: a folder a class, or a ``.npz`` with ``images`` (uint8 NHWC) and ``labels``.
         suspects: inputs to score one by one: a folder of images, or a ``.npz``; labels are not needed.
         policy: defaults when None.
-        seed: of the splits and the search; two runs with the same seed on one machine agree.
+        seed: of the splits and the search; two runs with the same seed on one CPU agree.
         allow_pickle: accept a whole-module pickle; it is converted in a child process.
         require_gpu: fail when ONNX Runtime cannot run on the GPU.
         command: how to repeat the audit, for the report.
