@@ -11,7 +11,7 @@ The rule of this release, in words:
   (their exact intervals are disjoint). This is the backdoor consistency of Li, Zhang and Ma 2024: where the trigger is
   detected on inputs, there is a backdoor.
 * **pass**: every required check measured, none failed, the clean set satisfied its expectations, the static check of the
-  files found no path that a search cannot look behind, all classes were searched, no class comes nearer than
+  files found no path that a search cannot look behind, for every class a working trigger was found, no class comes nearer than
   ``clear_outlier``, and no pair of classes nearer than ``doubtful_pair_outlier``. Of the canaries that the policy requires, known
   backdoors planted in copies of the model, at least half of those that took were found; between ``clear_outlier`` and
   ``minimum_outlier`` they must stand out more than the model's own class does, and none stands out by noise or a wave.
