@@ -67,6 +67,9 @@ from audit_plugin.verdict import decide
 
 log = logging.getLogger(__name__)
 
+SCORES_HIDDEN = "scores-hidden"
+"""Code of a model whose probabilities are no softmax, see :attr:`Subject.may_hide_scores`."""
+
 _EXAMPLES = 6
 _PAIRS_KEPT = 10
 _STAMPED_IMAGES_PER_STEP, _FEWEST_IMAGES_PER_STEP = 480, 8  # with many classes each sees fewer images a step
@@ -348,7 +351,7 @@ def _hidden_scores(subject: Subject, path: str) -> tuple[IntakeFinding, ...]:
     if not subject.may_hide_scores:
         return ()
     why = "it answers with probabilities that no softmax gives, and where one is nearly zero no gradient leads to its class"
-    return (IntakeFinding(path, f"{why}; log the model with logits for an answer", "scores-hidden"),)
+    return (IntakeFinding(path, f"{why}; log the model with logits for an answer", SCORES_HIDDEN),)
 
 
 def _accuracy_problem(expectations: tuple[Expectation, ...]) -> str | None:
