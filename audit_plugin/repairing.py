@@ -27,7 +27,6 @@ from audit_plugin.types import AuditReport, ImageArray, ModelRef, RepairReport, 
 
 log = logging.getLogger(__name__)
 
-
 _PAIR_STANDS_OUT = "pair-stands-out"  # the verdict's reason when the suspected class is that of a pair of classes
 _SAME_ANSWERS = 1e-3  # of the largest logit: what two exports of one network may differ by
 

@@ -141,7 +141,6 @@ def decide(
                 "with. Raise [trigger_inversion] steps in the policy; a model that hides its gradients ends here too.",
             ),
         )
-
     elif unreached := _unreached(search):
         named = _listed([class_names[label] for label in unreached])
         doubts = (

@@ -119,7 +119,7 @@ class BadExpertScorer(InputScorer):
             raise InapplicableError(
                 f"The score needs ONNX opset {_OLDEST_OPSET}, the model has {opset}. Convert it with onnx.version_converter."
             )
-        if any(weight.dtype == torch.float16 for weight in _weights(subject.trainable_copy())):
+        if any(weight.dtype == torch.float16 for weight in subject.torch_module().parameters()):
             raise InapplicableError("Its weights are float16, too coarse to be fine-tuned. Give the float32 model.")
         tuning = _Tuning(subject, fit_split, rng)
         if tuning.accuracy <= self.expert_accuracy:

@@ -247,13 +247,13 @@ def without_softmax(model: ModelProto) -> ModelProto | None:
     """
     source, sink = input_and_output(model)
     scores = _scores_value(model.graph, source, sink)
+    readers = sum(name == scores for node in model.graph.node for name in reads(node)) + (scores == sink)
+    place = next((place for place, node in enumerate(model.graph.node) if scores in node.output), None)
+    if place is None or model.graph.node[place].op_type != "Softmax" or readers != 1:
+        return None
     copied = ModelProto()
     copied.CopyFrom(model)
-    readers = sum(name == scores for node in copied.graph.node for name in reads(node)) + (scores == sink)
-    producers = {name: node for node in copied.graph.node for name in node.output if name}
-    softmax = producers.get(scores)
-    if softmax is None or softmax.op_type != "Softmax" or readers != 1:
-        return None
+    softmax = copied.graph.node[place]
     softmax.op_type = "Identity"
     del softmax.attribute[:]
     return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -169,8 +170,8 @@ def test_an_old_opset(planted, splits):
 
 
 def test_weights_in_half_precision(planted, splits, monkeypatch):
-    copied = Subject.trainable_copy
-    monkeypatch.setattr(Subject, "trainable_copy", lambda self: copied(self).half())
+    module = Subject.torch_module
+    monkeypatch.setattr(Subject, "torch_module", lambda self: copy.deepcopy(module(self)).half())
     refused(BadExpertScorer(), planted[0], splits.fit, "weights are float16")
 
 
