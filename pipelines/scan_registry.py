@@ -212,7 +212,7 @@ def _plan(client: MlflowClient, rules: Rules, previous: Summary | None, stop: th
     """List the versions in scope and look at each, several at a time."""
     found = find_versions(client, rules.options.scope, rules.policy.gate)
     refused = {
-        row.key: row
+        (*row.key, row.inputs): row
         for row in (previous.rows if previous and rules.trusts and not rules.options.again else ())
         if row.refused and previous and previous.conditions == rules.conditions
     }
@@ -246,15 +246,13 @@ def _plan(client: MlflowClient, rules: Rules, previous: Summary | None, stop: th
 
 
 def _look(
-    digests: Digests, entry: Found, rules: Rules, refused: Mapping[tuple[str, str, str], Row], stop: threading.Event
+    digests: Digests, entry: Found, rules: Rules, refused: Mapping[tuple[str, str, str, str], Row], stop: threading.Event
 ) -> Row | Task:
     """What is known of a version without an audit, or the task of auditing it."""
     facts = entry.facts
     try:
         row = _row(entry, "error")
-        known = refused.get(row.key)
-        if known is not None and known.inputs != row.inputs:
-            known = None
+        known = refused.get((*row.key, row.inputs))
         standing = standing_of(facts, rules.requirements, digest=None)
         trusted = rules.trusts and not rules.options.again and _is_current(standing, entry, rules)
         if (trusted or known is not None) and not stop.is_set():
