@@ -94,6 +94,16 @@ def test_another_round_is_the_same_models_with_other_seeds_and_names():
             assert dataclasses.replace(again, name=first.name, seed=first.seed) == first
 
 
+def test_a_backdoored_model_and_its_clean_twin_are_trained_equally_long(data_dir, tmp_path, monkeypatch):
+    trainings = []
+    monkeypatch.setattr(zoo_models, "train", lambda network, images, **settings: trainings.append(settings["epochs"]))
+    names = ("cifar10_long_wanet_cnn", "cifar10_long_clean_cnn")
+    result = run(tmp_path, data_dir, *(word for name in names for word in ("--only", name)), recipe="cifar10-long")
+    assert result.exit_code == 0, result.output
+    assert trainings == [3, 3]
+    assert {entry.hardness for entry in zoo_recipes.cifar10_long()} == {"long"}
+
+
 def test_a_round_is_trained_beside_the_first(trained, data_dir, tmp_path):
     assert run(tmp_path, data_dir, "--only", "clean_a_round1", "--round", "1").exit_code == 0
     assert card_of(tmp_path, "clean_a_round1")["seed"] == card_of(trained, "clean_a")["seed"] + 1000
