@@ -145,7 +145,8 @@ def _compare(runs: Sequence[Sequence[_Candidate]], measured: Mapping[str, ClassM
                 np.array(measured[name].ratios)[targets] if name in measured else None
                 for name in (MaximumMargin.name, NeuronNoise.name)
             )
-            outliers, ratios = class_outliers(sizes, margins, noise), size_ratios(sizes)
+            tried = np.array([max(found.trigger.size for found in place) for place in members])
+            outliers, ratios = class_outliers(sizes, margins, noise, tried), size_ratios(sizes, tried)
         else:
             outliers, ratios = _pair_outliers(triggers, sizes), np.full(len(sizes), math.nan)
         for place, outlier, ratio in zip(members, outliers, ratios, strict=True):

@@ -39,6 +39,7 @@ def class_outliers(
     sizes: NDArray[np.float64],
     relative_margins: NDArray[np.float64] | None = None,
     relative_noise: NDArray[np.float64] | None = None,
+    tried: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """How far each class stands out, in deviations; the greatest of three views.
 
@@ -52,14 +53,15 @@ def class_outliers(
     Args:
         sizes: (classes,), positive; infinite where no trigger was found.
         relative_margins, relative_noise: (classes,), the :func:`others_ratios`; None where they were not measured.
+        tried: see :func:`small_side_outliers`.
 
     Returns:
         (classes,); of infinite sizes, what noise alone says, minus infinity without it. By triggers no class stands out where
         fewer than three sizes are finite.
     """
-    outliers = small_side_outliers(sizes)
+    outliers = small_side_outliers(sizes, tried=tried)
     if np.isfinite(sizes).sum() >= FEWEST_SIZES:
-        logs = _logs(size_ratios(sizes))
+        logs = _logs(size_ratios(sizes, tried))
         if relative_margins is not None:
             logs = logs + np.minimum(_logs(np.maximum(relative_margins, 1.0)), np.maximum(logs, 0.0))
         outliers = np.maximum(outliers, logs / USUAL_SPREAD)
@@ -78,17 +80,24 @@ def _logs(ratios: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log(ratios, where=ratios > 0, out=np.full(len(ratios), -np.inf))
 
 
-def size_ratios(sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+def size_ratios(sizes: NDArray[np.float64], tried: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """How many times smaller each size is than the median of the others, (classes,); zero for infinite sizes.
 
-    The median is that of logarithms, over finite sizes; without any, the ratio is one.
+    The median is that of logarithms; without another class the ratio is one. Arguments as of :func:`small_side_outliers`.
     """
-    finite = np.isfinite(sizes)
+    logs = np.log(_least_sizes(sizes, tried))
     ratios = np.zeros(len(sizes))
-    for index in np.flatnonzero(finite):
-        others = np.log(sizes[finite & (np.arange(len(sizes)) != index)])
+    for index in np.flatnonzero(np.isfinite(sizes)):
+        others = np.delete(logs, index)
         ratios[index] = np.exp(np.median(others)) / sizes[index] if len(others) else 1.0
     return ratios
+
+
+def _least_sizes(sizes: NDArray[np.float64], tried: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """The sizes, and in place of infinite ones what the class takes at least: no smaller than any trigger that works."""
+    finite = np.isfinite(sizes)
+    largest = sizes[finite].max() if finite.any() else 1.0
+    return np.where(finite, sizes, largest if tried is None else np.fmax(tried, largest))
 
 
 def others_ratios(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -103,7 +112,9 @@ def others_ratios(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratios
 
 
-def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR) -> NDArray[np.float64]:
+def small_side_outliers(
+    sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR, tried: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     """Robust deviations of log sizes below their median, positive when suspiciously small.
 
     Neural Cleanse (Wang et al. 2019) divides |size - median| by 1.4826 MAD. We take the logarithm, because sizes differ by
@@ -112,21 +123,24 @@ def small_side_outliers(sizes: NDArray[np.float64], floor: float = SPREAD_FLOOR)
     model's ordinary smallest class becomes an outlier.
 
     Args:
-        sizes: (classes,), positive; infinite where no trigger was found (such a class counts as large).
+        sizes: (classes,), positive; infinite where no trigger was found. Such a class counts as large: who trains a model so
+            that most classes cannot be reached must not hide the one that can.
+        tried: (classes,), how large the triggers were that did not work, where sizes are infinite; there the class counts with
+            that or with the largest finite size, whichever is larger. None is the latter.
 
     Returns:
         (classes,); minus infinity for infinite sizes, all zero when fewer than three sizes are finite.
     """
-    logs = np.log(sizes)
-    finite = np.isfinite(logs)
+    finite = np.isfinite(sizes)
     if finite.sum() < FEWEST_SIZES:
         return np.where(finite, 0.0, -np.inf)
-    median = np.median(logs[finite])
-    deviation = _MAD_TO_SIGMA * np.median(np.abs(logs[finite] - median))
+    logs = np.log(_least_sizes(sizes, tried))
+    median = np.median(logs)
+    deviation = _MAD_TO_SIGMA * np.median(np.abs(logs - median))
     outliers = np.full(len(logs), -np.inf)
     for index in np.flatnonzero(finite):
-        others = logs[finite & (np.arange(len(logs)) != index)]
-        outliers[index] = (median - logs[index]) / max(float(deviation), float(others.std(ddof=1)), floor)
+        spread = float(np.delete(logs, index).std(ddof=1))
+        outliers[index] = (median - logs[index]) / max(float(deviation), spread, floor)
     return outliers
 
 

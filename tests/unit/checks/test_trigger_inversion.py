@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from audit_plugin.checks import TriggerInversion
+from audit_plugin.checks.base import Probe
 from audit_plugin.checks.measurement import measure_probe
-from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
+from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit, Trigger
 
 SIZE, CLASSES, TARGET = 8, 6, 4
 
@@ -122,6 +126,34 @@ def test_classes_left_out_are_reported(make_subject):
     search = TriggerInversion(steps=2, classes=[0, 4])
     found = measure_probe(search, make_subject(Planted(False), 1, SIZE), SPLITS, np.random.default_rng(0))
     assert found.classes_skipped == (1, 2, 3, 5)
+
+
+@dataclass(frozen=True)
+class Given(Probe):
+    """Finds the triggers that it is given."""
+
+    triggers: tuple[Trigger, ...]
+    name: ClassVar[str] = "given"
+
+    def search(self, subject, fit_split, rng):
+        return list(self.triggers)
+
+
+def test_a_class_that_no_trigger_reached_counts_with_the_size_that_was_tried(make_subject):
+    def patch(target, rows, columns, value):
+        mask = np.zeros((SIZE, SIZE), dtype=np.float32)
+        mask[rows, columns] = 1.0
+        return Trigger(target, mask, np.full((1, SIZE, SIZE), value, dtype=np.float32), None, "patch")
+
+    corner = patch(TARGET, SIZE - 1, SIZE - 1, 1.0)
+    columns = [patch(target, slice(None), target, 1.0) for target in (0, 1)]
+    black = [patch(target, slice(None), slice(None), 0.0) for target in (2, 3, 5)]
+    found = measure_probe(
+        Given((corner, *columns, *black)), make_subject(Planted(True), 1, SIZE), SPLITS, np.random.default_rng(0)
+    )
+    assert [evidence.is_compared for evidence in found.candidates] == [True] * 3 + [False] * 3
+    assert found.most_suspicious.trigger.target_class == TARGET
+    assert found.most_suspicious.size_ratio == pytest.approx(SIZE * SIZE)
 
 
 def test_progress_reaches_one(make_subject):

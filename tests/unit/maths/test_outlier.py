@@ -70,6 +70,16 @@ def test_a_class_without_a_trigger_is_never_suspicious():
     assert outliers.argmax() == 4
 
 
+@pytest.mark.parametrize("statistic", [small_side_outliers, size_ratios, class_outliers])
+def test_classes_that_cannot_be_reached_hide_no_other(statistic):
+    """Else a model that resists every trigger but the attacker's, and those of a few classes, would show no outlier."""
+    all_reached = np.array([11.0, 28.0, 30.0, 32.0, 34.0, 200.0, 200.0, 200.0, 200.0, 200.0])
+    half_reached = np.where(all_reached < 200, all_reached, np.inf)
+    expected = np.where(all_reached < 200, statistic(all_reached), 0.0 if statistic is size_ratios else -np.inf)
+    np.testing.assert_allclose(statistic(half_reached, tried=all_reached), expected)
+    assert statistic(half_reached)[0] >= statistic(half_reached[:5])[0]
+
+
 def test_two_sizes_tell_nothing():
     assert small_side_outliers(np.array([1.0, 100.0])).tolist() == [0.0, 0.0]
     assert small_side_outliers(np.array([1.0, np.inf, np.inf])).tolist() == [0.0, -np.inf, -np.inf]
@@ -126,9 +136,16 @@ def test_pairs_without_a_trigger_or_with_too_few_others_are_never_suspicious():
 
 
 def test_a_ratio_compares_with_the_other_classes_alone():
-    ratios = size_ratios(np.array([5.0, 20.0, 40.0, np.inf]))
-    np.testing.assert_allclose(ratios, [np.sqrt(20 * 40) / 5, np.sqrt(5 * 40) / 20, np.sqrt(5 * 20) / 40, 0.0])
-    assert size_ratios(np.array([5.0, np.inf])).tolist() == [1.0, 0.0]
+    ratios = size_ratios(np.array([5.0, 20.0, 40.0]))
+    np.testing.assert_allclose(ratios, [np.sqrt(20 * 40) / 5, np.sqrt(5 * 40) / 20, np.sqrt(5 * 20) / 40])
+    assert size_ratios(np.array([5.0])).tolist() == [1.0]
+
+
+def test_a_class_that_was_not_reached_counts_as_large():
+    sizes = np.array([5.0, 20.0, np.inf])
+    np.testing.assert_allclose(size_ratios(sizes), [4.0, 0.5, 0.0])  # as the largest that works
+    np.testing.assert_allclose(size_ratios(sizes, np.array([1.0, 1.0, 80.0])), [8.0, 1.0, 0.0])  # or larger, if that was tried
+    np.testing.assert_allclose(size_ratios(sizes, np.array([1.0, 1.0, 3.0])), [4.0, 0.5, 0.0])
     assert size_ratios(np.full(3, np.inf)).tolist() == [0.0, 0.0, 0.0]
 
 
