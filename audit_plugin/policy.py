@@ -39,13 +39,16 @@ SCORERS = ("layerwise", "bad_expert", "beniful", "activation_norm")
 REPAIRS = ("beniful", "prune")
 """The methods of repair."""
 
+_MOST_DAYS = 36_500  # a century; much longer spans end after the last date that there is
+
 
 @dataclass(frozen=True)
 class ModelPolicy:
     """What the model's file does not say. Pixels become ``(low + pixel * (high - low) - mean) / std``.
 
     ``layout`` is 'NCHW' or 'NHWC'; ``classes`` are names in index order; ``architecture`` is a torchvision name, for bare
-    state_dicts; ``clean_accuracy`` is the accuracy on record, for comparison.
+    state_dicts; ``clean_accuracy`` is the accuracy on record, for comparison. What is not set here tags of the version may say:
+    with ``trust_tags`` as if it stood here, else no model whose input depends on them passes.
     """
 
     height: int | None = None
@@ -59,6 +62,7 @@ class ModelPolicy:
     classes: tuple[str, ...] | None = None
     architecture: str | None = None
     clean_accuracy: float | None = None
+    trust_tags: bool = False
 
 
 @dataclass(frozen=True)
@@ -447,8 +451,8 @@ def _check_ranges(policy: Policy) -> None:
         "[sandbox] time_limit_minutes and memory_gib must be positive": (
             policy.sandbox.time_limit_minutes > 0 and policy.sandbox.memory_gib > 0
         ),
-        "[gate] maximum_age_days and maximum_waiver_days must be positive": (
-            policy.gate.maximum_age_days > 0 and policy.gate.maximum_waiver_days > 0
+        f"[gate] maximum_age_days and maximum_waiver_days must be positive and at most {_MOST_DAYS:,}": all(
+            0 < days <= _MOST_DAYS for days in (policy.gate.maximum_age_days, policy.gate.maximum_waiver_days)
         ),
         "[clean_images] must name a file, a folder or an artifact URI for each model": all(
             source.strip() for source in policy.clean_images.values()

@@ -13,7 +13,7 @@ from audit_plugin.data.clean_set import LoadedImages, load_images
 from audit_plugin.data.splits import split
 from audit_plugin.errors import CleanSetError
 from audit_plugin.intake import inspect
-from audit_plugin.model.input_spec import open_shape, resolve_class_names, resolve_input_spec
+from audit_plugin.model.input_spec import distrusted_tags, open_shape, resolve_class_names, resolve_input_spec
 from audit_plugin.model.load import load_network
 from audit_plugin.model.subject import Subject, check_answers, check_parity, prepare_subject
 from audit_plugin.model.unpickle import convert_pickle
@@ -75,6 +75,8 @@ def prepare(
             )
             spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
             class_names = resolve_class_names(network.class_count, policy.model, model.tags)
+            distrusted = distrusted_tags(spec, network.input_shape, policy.model, model.tags, intake.data_path)
+            intake = dataclasses.replace(intake, findings=(*intake.findings, *distrusted))
 
     with stage("Reading the clean images"):
         loaded = load_images(clean, input_spec=spec, class_names=class_names)

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from audit_plugin.checks.base import FittedScorer, InputScorer
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.maths.rates import is_within
 from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, OWN, TRIANGLE, append_expert_score
 from audit_plugin.model.fine_tuning import accuracy, compute_device, fitting_steps, predicted
 from audit_plugin.model.onnx_graph import opset_version
@@ -174,7 +175,6 @@ class BadExpertScorer(InputScorer):
 
     def _auxiliary(self, tuning: _Tuning) -> _Copy:
         """The greatest rate that leaves a copy its accuracy."""
-        wanted = tuning.accuracy - self.auxiliary_tolerance
         for rate in _AUXILIARY_RATES:
             module = tuning.copy()
             optimizer = torch.optim.SGD(_weights(module), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -186,7 +186,7 @@ class BadExpertScorer(InputScorer):
                 schedule.step()
             found = tuning.measured(module, rate)
             log.debug("Auxiliary model at rate %.1e: %s", rate, found)
-            if found.accuracy >= wanted:
+            if is_within(tuning.accuracy, found.accuracy, self.auxiliary_tolerance):
                 return found
         raise InapplicableError(
             f"Fine-tuning on clean images cost more than {self.auxiliary_tolerance:.0%} accuracy at every learning rate down to "

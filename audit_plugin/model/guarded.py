@@ -35,7 +35,7 @@ def guarded_model(network: Network, append_to: Callable[..., onnx.ModelProto], t
 
     Args:
         append_to: adds the fitted score to an export, see :class:`audit_plugin.checks.layerwise.FittedLayerwise`.
-        threshold: an input whose suspicion lies above it is suspicious.
+        threshold: an input whose suspicion lies above it, or is NaN, is suspicious.
 
     Returns:
         A model with three outputs: the network's own answer (N, classes), under the name that it has in an ONNX

@@ -5,17 +5,23 @@ read from the policy, else from tags of the version, else from the model's own s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from audit_plugin.errors import SubjectError
 from audit_plugin.policy import ModelPolicy
-from audit_plugin.types import InputSpec, Layout
+from audit_plugin.types import InputSpec, IntakeFinding, Layout
 
 TAG_PREFIX = "audit.input."
 CLASSES_TAG = "audit.classes"
+INPUT_FROM_TAGS = "input-from-tags"
+"""Code of a model whose input is prepared as tags say that the policy does not trust."""
 
 CHANNELS = (1, 3)
+
+_SETTINGS = ("layout", "low", "high", "mean", "std")
+_LONGEST_NAME = 200  # characters of a class's
 
 
 def is_input_tag(name: str) -> bool:
@@ -68,11 +74,36 @@ def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mappin
     return InputSpec(height, width, channels, layout, low, high, mean, std)
 
 
+def distrusted_tags(
+    spec: InputSpec, shape: tuple[int, ...], policy: ModelPolicy, tags: Mapping[str, str], path: str
+) -> tuple[IntakeFinding, ...]:
+    """What keeps a model from passing whose input tags decide on: any client can set them, and triggers outside of the range
+    that they name are never searched.
+
+    Args:
+        spec: as :func:`resolve_input_spec` made it from the others.
+        path: of the model's file.
+    """
+    if policy.trust_tags:
+        return ()
+    with contextlib.suppress(SubjectError):  # without the tags there is no input at all
+        if resolve_input_spec(shape, policy, {}) == spec:
+            return ()
+    names = [name for name in _SETTINGS if getattr(policy, name) is None and f"{TAG_PREFIX}{name}" in tags]
+    told = (
+        f"how pixels become input is read from tags of the version ({', '.join(TAG_PREFIX + name for name in names)}), which "
+        f"any client can set, and a trigger outside of their range is never searched; set [model] {', '.join(names)} in the "
+        "policy, or trust_tags where only people whom you trust can set tags"
+    )
+    return (IntakeFinding(path, told, INPUT_FROM_TAGS),)
+
+
 def resolve_class_names(count: int, policy: ModelPolicy, tags: Mapping[str, str]) -> tuple[str, ...]:
     """Names in index order: from the policy, the tag ``audit.classes`` (separated by commas), or the numbers 0, 1, ...
 
     Raises:
-        SubjectError: another number of names than the model has classes, or a name twice.
+        SubjectError: another number of names than the model has classes, a name twice, or one of more than 200 characters,
+            which would not fit into a signed statement.
     """
     names = policy.classes
     if names is None and CLASSES_TAG in tags:
@@ -81,6 +112,8 @@ def resolve_class_names(count: int, policy: ModelPolicy, tags: Mapping[str, str]
         return tuple(str(index) for index in range(count))
     if len(names) != count or len(set(names)) != count:
         raise SubjectError(f"The model has {count} classes, but {len(names)} names are given ({len(set(names))} different ones).")
+    if (longest := max(map(len, names))) > _LONGEST_NAME:
+        raise SubjectError(f"A class has a name of {longest} characters, and at most {_LONGEST_NAME} are read. Shorten it.")
     return names
 
 

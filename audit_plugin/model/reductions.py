@@ -137,13 +137,15 @@ def append_layerwise_score(
 
 
 def append_flag(model: onnx.ModelProto, *, score: str, threshold: float, flag: str) -> onnx.ModelProto:
-    """Add an output ``flag``, bool (N,): whether the output ``score``, float32 (N,), lies above ``threshold``.
+    """Add an output ``flag``, bool (N,): whether the output ``score``, float32 (N,), lies above ``threshold`` or is NaN.
 
     Returns:
         A new model with the outputs of ``model``, then ``flag``.
     """
     editor = GraphEditor.copy_of(model, (flag,))
-    editor.node("Greater", [score, editor.constant("threshold", np.array(threshold, dtype=np.float32))], flag)
+    # NaN is above nothing, and an input that cannot be judged must not count as harmless: so it is "not below the next number".
+    next_number = np.array(np.nextafter(np.float32(threshold), np.float32(np.inf)))
+    editor.node("Not", [editor.node("Less", [score, editor.constant("above_threshold", next_number)], "is_harmless")], flag)
     value = onnx.ValueInfoProto()
     value.CopyFrom(next(output for output in model.graph.output if output.name == score))
     value.name, value.type.tensor_type.elem_type = flag, TensorProto.BOOL

@@ -41,7 +41,7 @@ def check_server() -> None:
         RegistryError: it does not answer within seconds.
     """
     for uri in dict.fromkeys((mlflow.get_tracking_uri(), mlflow.get_registry_uri())):
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
             # MLflow would create an empty one in the current folder.
             raise RegistryError(
                 f"There is no MLflow database at {redacted(uri)}. Set MLFLOW_TRACKING_URI to your tracking server."
@@ -149,11 +149,11 @@ def teaching(uri: str) -> Iterator[None]:
             if name := re.match(r"models:/([^/@]+)", uri):
                 hint = known_models(MlflowClient(), name[1])
             hint += f" Looked in {redacted(mlflow.get_registry_uri())}; set MLFLOW_TRACKING_URI for another server."
-        raise RegistryError(f"MLflow: {_one_line(str(error)).rstrip('.')}.{hint}") from error
+        raise RegistryError(f"MLflow: {one_line(str(error)).rstrip('.')}.{hint}") from error
     except NETWORK_ERRORS as error:
-        raise RegistryError(f"The server that keeps {redacted(uri)} does not answer: {_one_line(str(error))}") from error
+        raise RegistryError(f"The server that keeps {redacted(uri)} does not answer: {one_line(str(error))}") from error
     except OSError as error:
-        raise RegistryError(f"The files of {redacted(uri)} cannot be read: {_one_line(str(error))}") from error
+        raise RegistryError(f"The files of {redacted(uri)} cannot be read: {one_line(str(error))}") from error
 
 
 def redacted(text: str) -> str:
@@ -165,5 +165,6 @@ def redacted(text: str) -> str:
     return re.sub(r"(?<=://)[^\s/?#]*@", "", text)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """``text`` in one line, shortened and without credentials."""
     return redacted(" ".join(text.split()))[:400]

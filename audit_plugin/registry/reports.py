@@ -14,9 +14,10 @@ from pathlib import Path
 
 import mlflow
 from mlflow.entities import LoggedModelInput
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from audit_plugin.attestation import TAG_OF, Statement, sign, signer_from_environment
+from audit_plugin.attestation import SIGNING_KEY, TAG_OF, Statement, sign, signer_from_environment
 from audit_plugin.canonical import document_digest
 from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import manifest_of
@@ -28,6 +29,7 @@ from audit_plugin.registry.connection import (
     ended_if_it_fails,
     experiment_of,
     log_finite_metrics,
+    one_line,
     registry_of,
     run_page,
     teaching,
@@ -42,6 +44,7 @@ VERDICT_TAG = "audit.verdict"
 ATTESTATION_FILE = "attestation.json"
 _BLOCK = ("<!-- backdoor-audit -->", "<!-- /backdoor-audit -->")
 _DESCRIPTION_LIMIT = 5000
+_REFUSED = "PERMISSION_DENIED"
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
     """One run in the experiment ``backdoor-audits`` with all files of a report, linked to the audited model version.
 
     Writes headline metrics, ``audit.*`` tags and a short block in the version's description (replacing the one of an
-    earlier audit). Where the environment holds a signing key, the version also gets a signed attestation of the verdict.
+    earlier audit). Where the environment holds a signing key, the version also gets a signed attestation of the verdict; where it
+    does not and the registry takes signed audits alone, the run is all, and a warning says so.
 
     Raises:
         RegistryError: the tracking server does not answer or refuses.
@@ -87,15 +91,36 @@ def log_report(report: AuditReport, files: Path, promotion: Promotion) -> Logged
                 envelope = sign(attestation, signer)
                 client.log_text(run_id, envelope, ATTESTATION_FILE)
             if model.name is not None and model.version is not None:
-                if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
-                    registry_of(client).set_model_version_tag(model.name, model.version, TAG_OF["verdict"], envelope)
-                tags = {**_tags(report), "audit.run_id": run_id}
-                _tag_version(client, model.name, model.version, tags, signed=envelope is not None)
-                _describe_version(client, report, model.name, model.version, page)
-                # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
-                registry_of(client).set_model_version_tag(model.name, model.version, VERDICT_TAG, str(report.decision.verdict))
+                _mark_version(client, report, model.name, model.version, run_id, page, envelope)
             client.set_terminated(run_id)
         return LoggedReport(run_id, page, promotion, envelope is not None)
+
+
+def _mark_version(
+    client: MlflowClient, report: AuditReport, name: str, version: str, run_id: str, page: str | None, envelope: str | None
+) -> None:
+    """Write on the audited version what the audit found, with the signed statement if there is one.
+
+    Without one a registry with a gate takes nothing: whoever holds no key still has the report in MLflow.
+    """
+    registry = registry_of(client)
+    try:
+        if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
+            registry.set_model_version_tag(name, version, TAG_OF["verdict"], envelope)
+        _tag_version(client, name, version, {**_tags(report), "audit.run_id": run_id}, signed=envelope is not None)
+        _describe_version(client, report, name, version, page)
+        # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
+        registry.set_model_version_tag(name, version, VERDICT_TAG, str(report.decision.verdict))
+    except MlflowException as error:
+        if envelope is not None or error.error_code != _REFUSED:
+            raise
+        log.warning(
+            "The report is run %s, and nothing was written on %s, which takes signed audits alone. Set %s to sign: %s",
+            run_id,
+            report.model.pinned_uri,
+            SIGNING_KEY,
+            one_line(str(error)),
+        )
 
 
 def fetch_report_files(attestation: Statement, names: Collection[str], destination: Path) -> tuple[Path, ...]:

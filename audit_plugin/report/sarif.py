@@ -67,6 +67,11 @@ RULES: Mapping[str, tuple[str, str]] = {
         "Nothing is known of these classes. Raise [trigger_inversion] steps in the policy and audit again. A model that hides "
         "its gradients ends here too.",
     ),
+    "input-from-tags": (
+        "How pixels become the model's input is read from tags that any client can set",
+        "A trigger outside of the range that they name is never searched. Set [model] low, high, mean and std in the policy, or "
+        "trust_tags where only people whom you trust can set tags, and audit again.",
+    ),
     "scores-hidden": (
         "The model's scores are probabilities too small to search by",
         "Where a probability is nearly zero, no gradient leads to its class. Log the model without what turns its scores into "

@@ -13,10 +13,12 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.tracking._model_registry.client import ModelRegistryClient
 
+from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, generate_keys
 from audit_plugin.cli import auditing
 from audit_plugin.cli.console import LogChoice
 from audit_plugin.errors import RegistryError
@@ -166,14 +168,22 @@ def test_command_shows_no_credentials(report: AuditReport) -> None:
 @pytest.fixture
 def registered(report: AuditReport, client: MlflowClient, request: pytest.FixtureRequest, tmp_path: Path) -> AuditReport:
     """The report as one about a registered version of its own."""
-    name = request.node.name
+    write_report(report, tmp_path, ("json",))
+    return _report_on(report, _registered_version(client, report, request.node.name))
+
+
+def _registered_version(client: MlflowClient, report: AuditReport, name: str) -> ModelVersion:
     run = client.create_run(client.create_experiment(name)).info.run_id
     client.log_artifact(run, str(report.model.pinned_uri), "model")
     client.create_registered_model(name)
-    version = client.create_model_version(name, f"runs:/{run}/model", run).version
-    write_report(report, tmp_path, ("json",))
-    reference = dataclasses.replace(report.model, uri=f"models:/{name}/{version}", name=name, version=str(version))
-    return dataclasses.replace(report, model=reference)
+    return client.create_model_version(name, f"runs:/{run}/model", run)
+
+
+def _report_on(report: AuditReport, version: ModelVersion) -> AuditReport:
+    uri = f"models:/{version.name}/{version.version}"
+    return dataclasses.replace(
+        report, model=dataclasses.replace(report.model, uri=uri, name=version.name, version=str(version.version))
+    )
 
 
 def _tags(client: MlflowClient, report: AuditReport) -> dict[str, str]:
@@ -197,6 +207,34 @@ def test_audit_that_is_half_logged_shows_no_verdict(
     assert "audit.verdict" not in _tags(client, registered)
     log_report(registered, tmp_path, judge(registered, load_suite(None)))
     assert _tags(client, registered)["audit.verdict"] == "inconclusive"
+
+
+def test_audit_without_a_key_is_a_run_where_only_signed_ones_are_written_on_versions(
+    report: AuditReport,
+    start_server: Callable[..., AbstractContextManager[str]],
+    keeping_state: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, verifying = generate_keys(tmp_path / "keys")
+    store = f"audited+sqlite:///{tmp_path}/mlflow.db"
+    with (
+        start_server(tmp_path, "--registry-store-uri", store, **{VERIFYING_KEYS: str(verifying)}) as address,
+        keeping_state(),
+    ):
+        mlflow.set_tracking_uri(address)
+        client = MlflowClient()
+        version = _registered_version(client, report, "unsigned")
+        write_report(report, tmp_path / "report", ("json",))
+        logged = log_report(_report_on(report, version), tmp_path / "report", judge(report, load_suite(None)))
+        assert client.get_run(logged.run_id).info.status == "FINISHED"
+        assert not logged.signed
+        found = client.get_model_version(version.name, version.version)
+    assert not [key for key in found.tags if key.startswith("audit.")]
+    assert not found.description
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for words in (logged.run_id, report.model.pinned_uri, SIGNING_KEY, "No signed statement"):
+        assert words in warning
 
 
 def test_link_in_the_description_holds_no_credentials(

@@ -45,7 +45,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 MEAN, DEVIATION = 0.25, 0.5
 PASS, ERROR, INCONCLUSIVE, USAGE = 0, 2, 3, 4
 
-POLICY = as_toml({**FAST, "trigger_inversion": {"steps": 120, "searches": 1}})
+POLICY = as_toml({**FAST, "model": {"trust_tags": True}, "trigger_inversion": {"steps": 120, "searches": 1}})
 
 
 class Normalised(nn.Module):

@@ -95,6 +95,18 @@ def test_it_scores_and_decides_as_the_check_does(make_subject, trained, images):
     assert 0 < is_suspicious.sum() < len(held_out)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_input_that_cannot_be_judged_is_suspicious(make_subject, trained, images, value):
+    subject = make_subject(trained, 1, 8)
+    fitted = fit(subject, images)
+    threshold = float(fitted.score(images.images[400:500]).max()) + 1.0
+    batch = to_pixels(images.images[400:403])
+    batch[1, 0, 3, 3] = value
+    _, suspicion, is_suspicious = run(guarded_model(subject.network, fitted.append_to, threshold), batch)
+    assert np.isfinite(suspicion).tolist() == [True, False, True]
+    assert is_suspicious.tolist() == [False, True, False]
+
+
 def test_suspicion_is_the_papers_sum_of_cosines(make_subject, trained, images):
     """Against NumPy on the features of the audited model: (mean - sum of the cosines at the layers of interest) / deviation."""
     subject = make_subject(trained, 1, 8)

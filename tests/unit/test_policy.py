@@ -70,6 +70,9 @@ def test_a_list_without_an_empty_default_is_read_too():
         ({"canaries": {"count": 0}}, "count must be at least 1"),
         ({"canaries": {"classes": 3}}, "classes must be at least 4"),
         ({"repair": {"accuracy_budget": 1.0}}, r"\[repair\] accuracy_budget must lie in \[0, 1\)"),
+        ({"gate": {"maximum_age_days": 9999999}}, r"\[gate\] maximum_age_days .* at most 36,500"),
+        ({"gate": {"maximum_waiver_days": 36500.5}}, r"\[gate\] .* maximum_waiver_days must be positive and at most 36,500"),
+        ({"gate": {"maximum_waiver_days": 0}}, r"\[gate\] .* maximum_waiver_days must be positive"),
     ],
 )
 def test_mistakes_are_named(content, message):

@@ -197,6 +197,15 @@ def test_an_auxiliary_model_that_loses_its_accuracy(planted, splits, monkeypatch
     refused(check, planted[0], splits.fit, r"cost more than 3% accuracy at every learning rate down to 10; more clean images")
 
 
+def test_an_auxiliary_model_may_lose_exactly_the_tolerance(planted, splits, monkeypatch):
+    """98 less 3 of 100 images is 95, but not in floating point."""
+    tuning = bad_expert._Tuning(planted[0], splits.fit, np.random.default_rng(0))
+    tuning.accuracy = float(np.float32(0.98))
+    monkeypatch.setattr(tuning, "steps", lambda *arguments: ())
+    monkeypatch.setattr(tuning, "measured", lambda module, rate: bad_expert._Copy(module, rate, float(np.float32(0.95)), 0.1))
+    assert BadExpertScorer(auxiliary_tolerance=0.03)._auxiliary(tuning).learning_rate == bad_expert._AUXILIARY_RATES[0]
+
+
 def test_a_model_without_gradients_or_weights(make_subject, splits):
     class Fixed(nn.Module):
         def forward(self, pixels):

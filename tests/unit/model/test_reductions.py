@@ -105,3 +105,7 @@ def test_flag_is_a_score_above_its_threshold_in_every_version_of_onnx(opset: int
     np.testing.assert_array_equal(values["flag"], values["score"] > np.float32(threshold))
     assert not values["flag"][7]
     assert 0 < values["flag"].sum() < 40
+    pixels[3] = np.nan
+    values = Session(flagged.SerializeToString()).run(pixels)
+    assert np.flatnonzero(np.isnan(values["score"])).tolist() == [3]
+    assert values["flag"][3]

@@ -19,6 +19,7 @@ from audit_plugin import cli, verdict
 from audit_plugin.audit import SCORES_HIDDEN
 from audit_plugin.intake.data_flow import ARCHITECTURAL_PATH
 from audit_plugin.intake.pt2 import CHANGES_STATE
+from audit_plugin.model.input_spec import INPUT_FROM_TAGS
 from audit_plugin.report import dumps
 from audit_plugin.report.sarif import CLEAN_SET, EVIDENCE, RULES, to_sarif
 from audit_plugin.types import AuditReport, Expectation, Failed, Inapplicable, Reason, Verdict
@@ -77,7 +78,7 @@ def test_every_reason_of_the_verdict_has_a_rule_and_every_rule_a_reason():
     composed = [code.values[0] for code in written if isinstance(code, ast.JoinedStr)]
     assert [part.value for part in composed] == [CLEAN_SET]
     own = {code.value for code in written if isinstance(code, ast.Constant)}
-    assert own | {ARCHITECTURAL_PATH, CHANGES_STATE, SCORES_HIDDEN} == set(RULES) | EVIDENCE
+    assert own | {ARCHITECTURAL_PATH, CHANGES_STATE, INPUT_FROM_TAGS, SCORES_HIDDEN} == set(RULES) | EVIDENCE
     assert not set(RULES) & EVIDENCE
 
 
