@@ -21,6 +21,7 @@ import typer
 
 from audit_plugin.calibration import SETTINGS, Reference, ReferencePool, calibrate, check_pool, find_pool
 from audit_plugin.errors import AuditError, UsageError
+from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.policy import Policy, load_policy
 from audit_plugin.report import load
 from audit_plugin.report.sanitise import clean_text
@@ -147,12 +148,13 @@ def _documents(
 
 def _audited(model: str, clean: str, policy: Policy, policy_file: Path | None, reports: Path | None, seed: int) -> dict[str, Any]:
     from audit_plugin.publishing import audit_pinned
-    from audit_plugin.registry import pin
+    from audit_plugin.registry import fetch_images, pin
     from audit_plugin.report.write import write_report
 
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         pinned = pin(model, Path(temporary) / "model")
-        asked = json.dumps([pinned.reference.digest, policy.digest, seed, clean])
+        images = _content_digest(fetch_images(clean, Path(temporary) / "clean"))  # the path alone may come to hold other images
+        asked = json.dumps([pinned.reference.digest, policy.digest, seed, images])
         folder = (reports or Path(temporary)) / hashlib.sha256(asked.encode()).hexdigest()[:16]
         if not (folder / "report.json").exists():
             command = ["backdoor-audit", "run", model, "--clean", clean, "--seed", str(seed)]
@@ -164,6 +166,14 @@ def _audited(model: str, clean: str, policy: Policy, policy_file: Path | None, r
             write_report(report, part, ["json"])
             part.rename(folder)
         return load(folder / "report.json")
+
+
+def _content_digest(images: Path) -> str:
+    """SHA-256 of an .npz file, or over the files of a folder with their names; of what is not there that of nothing."""
+    if images.is_file():
+        with images.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    return digest_of(manifest_of(images))
 
 
 if __name__ == "__main__":

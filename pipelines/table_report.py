@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
+import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from audit_plugin.maths.rates import auroc, rate
 from audit_plugin.report.sanitise import escape_markdown
 from audit_plugin.types import Rate
+from pipelines.tables import BY_POLICY, MOST_STEPS, TOOL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipelines.tables")
 
 Row = dict[str, Any]
+_Place = TypeVar("_Place", str, tuple[str, float])
 Truth = Literal["clean", "one target", "other", "did not take"]
 """'one target': triggered images of every class become one. 'other': all-to-all and source-specific. 'did not take': of
 either kind, but the attack succeeds too seldom to be asked for."""
@@ -42,6 +47,7 @@ PUBLISHED: Mapping[tuple[str, str], Mapping[str, str]] = {
 """Detected / false positives of Jebreel et al. 2023 on CIFAR-10, ResNet-18, by check and rule and then attack."""
 
 _OTHER = ("AllToAll", "TaCT")
+_LOWEST = -math.inf  # score of a model that could not be measured
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito: told apart without colour vision
 _MARKERS = "osD^"
 
@@ -109,15 +115,16 @@ def judged(records: Iterable[Row]) -> list[Judged]:
 def detector_rows(records: Sequence[Row]) -> list[Row]:
     """One row a detector that judges models; None where there is nothing to compute a figure from.
 
-    Rates count models, not seeds. ``auroc`` is the mean over seeds of the area for clean against one-target models, each seed
-    with the models measured in it, ``auroc_least`` and ``auroc_most`` its spread.
+    Rates count models, not seeds. ``auroc`` is the mean over seeds of the area for clean against one-target models,
+    ``auroc_least`` and ``auroc_most`` its spread. A model that could not be measured with a seed has the lowest score in that
+    seed's area, be it clean or backdoored, as it counts as not flagged; two of them tie, which counts one half.
     """
     entries, rows = judged(records), []
     for detector in dict.fromkeys(entry.detector for entry in entries if _judges_models(entry.detector, entries)):
         own = [entry for entry in entries if entry.detector == detector]
         made = [record for record in records if record["detector"] == detector]
         measured = [record for record in made if "judgement" in record]
-        areas = [area for seed in sorted({record["seed"] for record in made}) if (area := _area(measured, seed)) is not None]
+        areas = [area for seed in sorted({record["seed"] for record in made}) if (area := _area(made, seed)) is not None]
         clean, one = (_of(own, truth) for truth in ("clean", "one target"))
         caught = [entry for entry in one if entry.flagged]
         rows.append(
@@ -171,26 +178,63 @@ def verdict_rows(records: Sequence[Row]) -> list[Row]:
 
 
 def input_rows(records: Sequence[Row]) -> list[Row]:
-    """One row a truth or attack, check and threshold: means over models and seeds, with the least detection rate."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for record in records:
-        for row in record.get("inputs", ()):
-            if "rule" in row:
-                groups.setdefault((_group_of(record), row["check"], row["rule"]), []).append(row | {"model": record["model"]})
+    """One row a truth or attack, check and threshold: means over what was measured, with the least detection rate.
+
+    ``measured`` and ``attempts`` count models and seeds, so that what a mean leaves out shows.
+    """
     return [
         {
             "attack": attack,
             "check": check,
             "rule": rule,
             "models": len({row["model"] for row in rows}),
+            "measured": len(rows),
+            "attempts": attempts,
             "detection_rate": _mean(rows, "detection_rate"),
             "least_detection_rate": min(_values(rows, "detection_rate"), default=None),
             "false_positive_rate": _mean(rows, "false_positive_rate"),
             "auroc": _mean(rows, "auroc"),
             "auroc_all_triggered": _mean(rows, "auroc_all_triggered"),
+            "triggered_share": _mean(rows, "triggered_share"),
         }
-        for (attack, check, rule), rows in sorted(groups.items())
+        for (attack, check, rule), (rows, attempts) in _by_check(records, _group_of).items()
     ]
+
+
+def _by_check(records: Sequence[Row], place_of: Callable[[Row], _Place]) -> dict[tuple[_Place, str, str], tuple[list[Row], int]]:
+    """The rows on inputs of each place, check and threshold, sorted, and of how many attempts they are what was measured.
+
+    An attempt without figures is a check's note that it could not measure, and each check of a result that was not measured at
+    all. A check without any figures in a place is there too, with every threshold that it has elsewhere.
+    """
+    rules: dict[str, set[str]] = {}
+    checks: dict[str, set[str]] = {}
+    for record in records:
+        for row in record.get("inputs", ()):
+            if "rule" in row or "note" in row:
+                rules.setdefault(row["check"], set()).update([row["rule"]] if "rule" in row else [])
+                checks.setdefault(record["detector"], set()).add(_without_baseline(row["check"]))
+    found: dict[tuple[_Place, str, str], list[Row]] = {}
+    missing: Counter[tuple[_Place, str]] = Counter()
+    for record in records:
+        place = place_of(record)
+        for row in record.get("inputs", ()):
+            if "rule" in row:
+                found.setdefault((place, row["check"], row["rule"]), []).append(row | {"model": record["model"]})
+            elif "note" in row:
+                missing[place, row["check"]] += 1
+        if record["state"] != "measured":
+            missing.update((place, check) for check in checks.get(record["detector"], ()))
+    for (place, missed), check in itertools.product(missing, rules):
+        if _without_baseline(check) == missed:
+            for rule in rules[check] or {""}:
+                found.setdefault((place, check, rule), [])
+    return {key: (rows, len(rows) + missing[key[0], _without_baseline(key[1])]) for key, rows in sorted(found.items())}
+
+
+def _without_baseline(check: str) -> str:
+    """'layerwise' of 'layerwise: triangle'."""
+    return check.partition(": ")[0]
 
 
 def sweep_rows(records: Sequence[Row]) -> list[Row]:
@@ -208,32 +252,38 @@ def sweep_rows(records: Sequence[Row]) -> list[Row]:
 
 
 def poisoning_rows(records: Sequence[Row]) -> list[Row]:
-    """One row an attack that took with several poisoning rates, rate, check and rule: means over models."""
-    groups: dict[tuple[str, float, str, str], list[Row]] = {}
-    for record in records:
-        if truth_of(record) in ("one target", "other") and record["truth"].get("poisoning_rate") is not None:
-            for row in record.get("inputs", ()):
-                if "rule" in row and ": " not in row["check"]:
-                    place = (record["truth"]["attack"], record["truth"]["poisoning_rate"], row["check"], row["rule"])
-                    groups.setdefault(place, []).append(row | {"model": record["model"]})
+    """One row an attack that took with several poisoning rates, rate, check and rule: means over what was measured, counted as in
+    :func:`input_rows`."""
+    took = [
+        record
+        for record in records
+        if truth_of(record) in ("one target", "other") and record["truth"].get("poisoning_rate") is not None
+    ]
+    groups = _by_check(took, lambda record: (str(record["truth"]["attack"]), float(record["truth"]["poisoning_rate"])))
     rates: dict[str, set[float]] = {}
-    for attack, share, *_ in groups:
+    for (attack, share), *_ in groups:
         rates.setdefault(attack, set()).add(share)
     return [
-        {"attack": attack, "poisoning_rate": share, "check": check, "rule": rule, "models": len({row["model"] for row in rows})}
+        {"attack": attack, "poisoning_rate": share, "check": check, "rule": rule}
+        | {"models": len({row["model"] for row in rows}), "measured": len(rows), "attempts": attempts}
         | {figure: _mean(rows, figure) for figure in ("detection_rate", "false_positive_rate", "auroc")}
-        for (attack, share, check, rule), rows in sorted(groups.items())
-        if len(rates[attack]) > 1
+        for ((attack, share), check, rule), (rows, attempts) in groups.items()
+        if len(rates[attack]) > 1 and ": " not in check
     ]
 
 
 def repair_rows(records: Sequence[Row]) -> list[Row]:
-    """One row a model, repair and seed, as measured."""
+    """One row a model, repair and seed, as measured; a backdoor that never came back is told from one that was not there."""
     return [
         {"model": record["model"], "attack": record["truth"]["attack"] or "", "seed": record["seed"], **row}
+        | ({"steps_to_return": f"more than {MOST_STEPS}"} if _never_returned(record, row) else {})
         for record in records
         for row in record.get("repairs", ())
     ]
+
+
+def _never_returned(record: Row, row: Row) -> bool:
+    return record["truth"]["attack"] is not None and "steps_to_return" in row and row["steps_to_return"] is None
 
 
 def _group_of(record: Row) -> str:
@@ -254,16 +304,18 @@ def _share(entries: Sequence[Judged]) -> Rate:
     return rate(sum(entry.flagged for entry in entries), len(entries))
 
 
-def _area(measured: Sequence[Row], seed: int) -> float | None:
-    scores = {
-        truth: np.array(
-            [record["judgement"]["score"] for record in measured if record["seed"] == seed and truth_of(record) == truth],
-            np.float64,
-        )
-        for truth in ("clean", "one target")
-    }
-    clean, one = scores["clean"], scores["one target"]
-    return auroc(clean, one) if len(clean) and len(one) else None  # type: ignore[arg-type]  # float32 would do as well
+def _area(made: Sequence[Row], seed: int) -> float | None:
+    scores: dict[str, list[float]] = {"clean": [], "one target": []}
+    for record in made:
+        if record["seed"] == seed and truth_of(record) in scores:
+            scores[truth_of(record)].append(record["judgement"]["score"] if "judgement" in record else _LOWEST)
+    clean, one = (np.array(values, np.float64) for values in scores.values())
+    return auroc(clean, one) if _can_be_compared(clean, one) else None  # type: ignore[arg-type]  # float32 would do as well
+
+
+def _can_be_compared(clean: NDArray[np.float64], one: NDArray[np.float64]) -> bool:
+    """Whether there are models of both kinds, and any of them was measured."""
+    return bool(len(clean) and len(one) and np.isfinite(np.concatenate([clean, one])).any())
 
 
 def _values(rows: Sequence[Row], key: str) -> list[float]:
@@ -316,9 +368,11 @@ def markdown(records: Sequence[Row]) -> str:
         "",
         _machine(records),
         "",
+        *_rules(records),
         "## Whole models",
         "",
-        "AUROC and detection: clean against backdoors that move every class to one. In parentheses: least and most of the seeds.",
+        "AUROC and detection: clean against backdoors that move every class to one. In parentheses: least and most of the seeds. "
+        "A model that could not be measured has the lowest score.",
         "",
     ]
     lines += _table(
@@ -348,19 +402,20 @@ def markdown(records: Sequence[Row]) -> str:
         "",
         "## Inputs",
         "",
-        "Means over models, on images that the true trigger moves; least: of one model. Published: detected / false positives of "
-        "the layer-wise paper on CIFAR-10, ResNet-18. The other papers publish means: an AUROC of about 0.99 over 17 attacks "
-        "(BaDExpert), at least 0.92 on five (BeniFul).",
+        "Means over what was measured, on images that the true trigger moves; least: of one model. Measured: 3/4 is three of "
+        "four attempts, each on one model with one seed; the fourth is in no mean and no least, and is listed below with its "
+        "reason. Published: detected / false positives of the layer-wise paper on CIFAR-10, ResNet-18. The other papers publish "
+        "means: an AUROC of about 0.99 over 17 attacks (BaDExpert), at least 0.92 on five (BeniFul).",
         "",
     ]
     lines += _table(
-        ("attack", "check", "threshold", "models", "detected (least)", "false positives", "AUROC", "published"),
+        ("attack", "check", "threshold", "measured", "detected (least)", "false positives", "AUROC", "published"),
         [
             (
                 row["attack"],
                 row["check"],
                 row["rule"],
-                row["models"],
+                _measured(row),
                 f"{_percent(row['detection_rate'])} ({_percent(row['least_detection_rate'])})"
                 if row["detection_rate"] is not None
                 else "",
@@ -375,7 +430,13 @@ def markdown(records: Sequence[Row]) -> str:
     if sweep := sweep_rows(records):
         values = sorted({row["value"] for row in sweep})
         cells = {(row["attack"], row["check"], row["setting"], row["value"]): _pair_of_rates(row) for row in sweep}
-        lines += ["", "## Thresholds", "", "Detected / false positives; of clean models false positives alone.", ""]
+        lines += [
+            "",
+            "## Thresholds",
+            "",
+            "Detected / false positives; of clean models false positives alone. Means over what was measured.",
+            "",
+        ]
         lines += _table(
             ("attack", "check", *(f"{sweep[0]['setting']} = {value:g}" for value in values)),
             [
@@ -384,28 +445,34 @@ def markdown(records: Sequence[Row]) -> str:
             ],
         )
     if poisoned := poisoning_rows(records):
-        lines += ["", "## Poisoning rates", "", "Of attacks that took.", ""]
+        lines += ["", "## Poisoning rates", "", "Of attacks that took. Means over what was measured.", ""]
         lines += _table(
-            ("attack", "poisoning rate", "check", "threshold", "models", "detected / false positives", "AUROC"),
+            ("attack", "poisoning rate", "check", "threshold", "measured", "detected / false positives", "AUROC"),
             [
                 (
                     row["attack"],
                     _percent(row["poisoning_rate"]),
                     row["check"],
                     row["rule"],
-                    row["models"],
+                    _measured(row),
                     _pair_of_rates(row),
                     _number(row["auroc"], 3),
                 )
                 for row in poisoned
             ],
         )
+
+    def in_seed_column(cell: str) -> tuple[str, ...]:
+        return (cell,) if len(seeds) > 1 else ()
+
     lines += ["", "## Repairs", ""]
+    figures = ("clean accuracy", "attack success", "triggered right", "steps to return")
     lines += _table(
-        ("model", "repair", "clean accuracy", "attack success", "triggered right", "steps to return", "note"),
+        ("model", *in_seed_column("seed"), "repair", *figures, "note"),
         [
             (
                 row["model"],
+                *in_seed_column(str(row["seed"])),
                 row["repair"],
                 *(_percent(row.get(key)) for key in ("clean_accuracy", "attack_success_rate", "triggered_accuracy")),
                 "" if row.get("steps_to_return") is None else row["steps_to_return"],
@@ -414,11 +481,24 @@ def markdown(records: Sequence[Row]) -> str:
             for row in repair_rows(records)
         ],
     )
-    notes = sorted({(record["detector"], record["model"], record["note"]) for record in records if record["state"] != "measured"})
-    if notes:
+    if notes := _notes(records):
         lines += ["", "## Not measured", ""]
-        lines += _table(("detector", "model", "why"), notes)
+        lines += _table(
+            ("detector or check", "model", *in_seed_column("seed"), "why"),
+            [(name, model, *in_seed_column(str(seed)), note) for name, model, seed, note in notes],
+        )
     return "\n".join(lines) + "\n"
+
+
+def _notes(records: Sequence[Row]) -> list[tuple[str, str, int, str]]:
+    """What could not be measured, and why: detectors, and checks on inputs of a result that has figures of others."""
+    found = []
+    for record in records:
+        place = (record["model"], record["seed"])
+        if record["state"] != "measured":
+            found.append((record["detector"], *place, record["note"]))
+        found += [(row["check"], *place, row["note"]) for row in record.get("inputs", ()) if "note" in row]
+    return sorted(found)
 
 
 def _model_rows(records: Sequence[Row]) -> list[Row]:
@@ -445,6 +525,32 @@ def _machine(records: Sequence[Row]) -> str:
             place = record["device"] if record["device"] != "cpu" else machine["processor"]
             sentences.add(f"On {place} ({machine['cores']} cores) with {versions}.")
     return escape_markdown(" ".join(sorted(sentences)), 1000)
+
+
+def _rules(records: Sequence[Row]) -> list[str]:
+    """The policies that the results were made with, and a warning where they, or the versions of the tool, are several."""
+    by_policy = [record for record in records if record["detector"] in BY_POLICY]
+    policies = Counter(record.get("settings", {}).get("policy", "not recorded") for record in by_policy)
+    tools = Counter(record.get("versions", {}).get(TOOL, "not recorded") for record in records)
+    lines = [f"Policy {_short(digest)}." for digest in policies] if len(policies) == 1 else []
+    for kind, counts in (("policies", policies), (f"versions of {TOOL}", tools)):
+        if len(counts) > 1:
+            told = ", ".join(f"{_short(name)} (results: {count})" for name, count in sorted(counts.items()))
+            lines.append(
+                f"Results of several {kind} stand here side by side, and the figures mix them: {told}. Delete the files of the "
+                "older ones and run the command again."
+            )
+    return [line for text in lines for line in (escape_markdown(text, 1000), "")]
+
+
+def _short(digest: str) -> str:
+    """A digest as far as its first twelve characters; anything else as it is."""
+    kind, colon, value = digest.partition(":")
+    return kind + colon + value[:12]
+
+
+def _measured(row: Row) -> str:
+    return f"{row['measured']}/{row['attempts']}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -523,11 +629,15 @@ def _plot(entries: Sequence[Judged], output: Path) -> None:
 
 
 def roc_curve(entries: Sequence[Judged]) -> tuple[list[float], list[float]] | None:
-    """False alarms and detections at every cut on the scores of clean and one-target models; None without either kind."""
+    """False alarms and detections at every cut on the scores of clean and one-target models; None without either kind.
+
+    A model that could not be measured has the lowest score, as in :func:`detector_rows`.
+    """
     clean, one = (
-        np.array([entry.score for entry in _of(entries, truth) if entry.score is not None]) for truth in ("clean", "one target")
+        np.array([_LOWEST if entry.score is None else entry.score for entry in _of(entries, truth)])
+        for truth in ("clean", "one target")
     )
-    if not len(clean) or not len(one):
+    if not _can_be_compared(clean, one):
         return None
     cuts = [np.inf, *np.unique(np.concatenate([clean, one]))[::-1]]
     return [float((clean >= cut).mean()) for cut in cuts], [float((one >= cut).mean()) for cut in cuts]

@@ -53,6 +53,7 @@ from audit_plugin.types import (
     ImageArray,
     InputScores,
     Intake,
+    LabelArray,
     LabelledImages,
     Measured,
     ModelRef,
@@ -77,16 +78,26 @@ AUDIT, CHECKS, REPAIR = "audit", "checks", "repairs"
 DETECTORS = (AUDIT, *MODEL_PEERS, *INPUT_PEERS, CHECKS, REPAIR)
 RESULTS = "results"
 
+TOOL = "mlflow-backdoor-audit"
+BY_POLICY = (AUDIT, CHECKS, REPAIR)
+"""Detectors that do what the default policy says; a result of theirs belongs to that policy."""
+
+MOST_STEPS = 60
+"""Steps of fine-tuning after which a backdoor is not waited for any longer."""
+
 SWEPT: Mapping[str, tuple[str, tuple[float, ...]]] = {LayerwiseScorer.name: ("tau", (1.0, 1.5, 2.0, 2.5, 3.0))}
 """Checks whose own threshold is varied: the name of its setting, and the values, which are cuts on the check's score."""
 
 _FALSE_POSITIVE_RATE = 0.01
-_TRIGGERED_SHARE = 0.05  # of the inputs that an input peer is given
+_TRIGGERED_SHARE = 0.05  # over the clean inputs that an input peer is given
+# Of the inputs that are answered with one class, for a peer that compares inputs: activation clustering flags what holds less
+# than 35 % of a class. With 43 classes one in twenty of all was two thirds of the target's, so that a perfect clustering lost.
+_MOST_TRIGGERED_PERCENT = 15
 _NO_TRIGGER = -100.0  # score of a model for which no class has a trigger at all: JSON knows no infinity
 _SEARCH = Budget(steps=100, images_per_step=24, images_per_batch=512, flip_rate=0.9)
-_POISONED_IMAGES, _CLEAN_IMAGES, _MOST_STEPS, _STEPS_BETWEEN_LOOKS = 10, 54, 60, 2
+_POISONED_IMAGES, _CLEAN_IMAGES, _STEPS_BETWEEN_LOOKS = 10, 54, 2
 _RETURN_IMAGES = 500
-_PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "adversarial-robustness-toolbox")
+_PACKAGES = (TOOL, "torch", "onnxruntime", "onnxruntime-gpu", "numpy", "scipy", "adversarial-robustness-toolbox")
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,12 @@ class Job:
     @property
     def settings(self) -> Row:
         """What a result must agree in, so that it need not be measured again."""
-        return {"clean_images": self.clean_images, "test_images": self.test_images}
+        settings: Row = {"clean_images": self.clean_images, "test_images": self.test_images}
+        if self.detector in BY_POLICY:
+            settings["policy"] = Policy().digest
+        if self.detector in INPUT_PEERS and INPUT_PEERS[self.detector].compares_inputs:
+            settings["most_triggered_percent"] = _MOST_TRIGGERED_PERCENT
+        return settings
 
 
 @dataclass(frozen=True)
@@ -407,21 +423,47 @@ def _judge(job: Job) -> Row:
 def _flag(job: Job) -> Row:
     """One row: the share of clean test images and of successful triggered ones that an input peer flags.
 
-    It is given both at once, one triggered input to twenty, as they would come.
+    It is given both at once, mixed as :func:`mixed_in` says; ``triggered_share`` is the share of triggered inputs among all that
+    the model answers with one class, in the class where it is largest.
     """
-    known = load_known(job.model, job)
+    known, peer = load_known(job.model, job), INPUT_PEERS[job.detector]
     rng = np.random.default_rng(job.seed)
     test = known.splits.test.images
     stamped, moved = known.triggered()
     stamped = stamped[moved]
-    chosen = rng.permutation(len(stamped))[: max(round(_TRIGGERED_SHARE * len(test)), 1)]
+    answers, answers_to_stamped = known.subject.predict(test), known.subject.predict(stamped)
+    chosen = mixed_in(answers, answers_to_stamped, peer.compares_inputs, rng)
     inputs = np.concatenate([test, stamped[chosen]])
-    found = INPUT_PEERS[job.detector].judge_inputs(known.subject, clean_set(known.splits), inputs, rng)
+    found = peer.judge_inputs(known.subject, clean_set(known.splits), inputs, rng)
     clean, triggered = slice(len(test)), slice(len(test), None)
     row: Row = {"check": job.detector, "rule": "its own"} | _rates(found.flagged[clean], found.flagged[triggered])
+    row["triggered_share"] = _largest_share(answers, answers_to_stamped[chosen])
     if found.scores is not None:
         row["auroc"] = _area(found.scores[clean], found.scores[triggered])
     return {"inputs": [row]}
+
+
+def mixed_in(clean: LabelArray, triggered: LabelArray, compares_inputs: bool, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of the triggered inputs that are mixed into the clean ones, both given by the class that the model answers.
+
+    At least one, and at most one to twenty clean inputs. For a peer that compares inputs also at most 15 % of those that are
+    answered with any one class, clean ones included.
+    """
+    rows = rng.permutation(len(triggered))
+    if compares_inputs:
+        of_classes = []
+        for label in np.unique(triggered):
+            room = _MOST_TRIGGERED_PERCENT * int((clean == label).sum()) // (100 - _MOST_TRIGGERED_PERCENT)
+            of_classes.append(rows[triggered[rows] == label][: max(room, 1)])
+        rows = rng.permutation(np.concatenate([rows[:0], *of_classes]))
+    return rows[: max(round(_TRIGGERED_SHARE * len(clean)), 1)]
+
+
+def _largest_share(clean: LabelArray, triggered: LabelArray) -> float | None:
+    """The largest share that triggered inputs have of the inputs answered with one class; None without any."""
+    labels, counts = np.unique(triggered, return_counts=True)
+    shares = [count / (count + (clean == label).sum()) for label, count in zip(labels, counts, strict=True)]
+    return float(max(shares)) if shares else None
 
 
 def _rates(clean: NDArray[np.bool_], triggered: NDArray[np.bool_]) -> Row:
@@ -514,7 +556,9 @@ def repair_rows(known: Known, seed: int, clean: Subject | None = None) -> Iterat
 
 
 def steps_to_return(known: Known, subject: Subject, seed: int) -> int | None:
-    """Steps of fine-tuning, each on ten poisoned and 54 clean images, until half of the triggered images obey; None if never.
+    """Steps of fine-tuning, each on ten poisoned and 54 clean images, until half of the triggered images obey.
+
+    None if they do not within :data:`MOST_STEPS`, or if there is no backdoor.
 
     A repair that only hides a backdoor lets it return in fewer steps than a clean model needs to learn it.
     """
@@ -530,7 +574,7 @@ def steps_to_return(known: Known, subject: Subject, seed: int) -> int | None:
     triggered = torch.from_numpy(to_pixels(known.attack.stamp(held_out)))
     module = subject.trainable_copy()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
-    for step in range(_MOST_STEPS + 1):
+    for step in range(MOST_STEPS + 1):
         if step % _STEPS_BETWEEN_LOOKS == 0 and float((predicted(module, triggered) == known.target_class).float().mean()) >= 0.5:
             return step
         rows = torch.from_numpy(rng.choice(len(labels), min(_CLEAN_IMAGES, len(labels)), replace=False))

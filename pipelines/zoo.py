@@ -32,7 +32,7 @@ log = logging.getLogger("pipelines.zoo")
 _Folder = Annotated[Path, typer.Argument(help="Where the models are, one folder each.")]
 _RecipeName = Annotated[str, typer.Option("--recipe", help=f"Which models: {' or '.join(RECIPES)}.")]
 _Round = Annotated[
-    int, typer.Option("--round", min=0, help="The same models with other seeds and names; 0 is the recipe itself.")
+    int, typer.Option("--round", min=0, help="The same models with other seeds, triggers and targets; 0 is the recipe itself.")
 ]
 _TrackingUri = Annotated[str | None, typer.Option(help="MLflow's tracking server; MLFLOW_TRACKING_URI if not given.")]
 

@@ -119,7 +119,7 @@ def cifar10_small() -> tuple[Recipe, ...]:
 
 
 def cifar10_long() -> tuple[Recipe, ...]:
-    """The attacks that 12 epochs are too few for, on a VGG and a CNN, and a clean model of each, all trained three times as long."""
+    """The attacks that 12 epochs are too few for, on a VGG and a CNN, and a clean model of each, all trained thrice as long."""
     return tuple(
         Recipe(
             f"cifar10_long_{name}_{architecture}",
@@ -162,11 +162,38 @@ def digits_references() -> tuple[Recipe, ...]:
 
 
 def repeated(recipes: Sequence[Recipe], round_: int) -> tuple[Recipe, ...]:
-    """The same models with other seeds and names, for every ``round_`` from 1; round 0 is the recipes as they are."""
+    """The same models with other seeds, names, triggers and targets in every ``round_`` from 1; in round 0 they are as they are.
+
+    Triggers that are drawn under a seed are drawn anew; checkerboards, writing and waves are not drawn, and stay. Target and
+    source classes move on by ``round_``, but where the data set says which class an attack must aim at.
+    """
     if round_ == 0:
         return tuple(recipes)
-    shift = round_ * _SEEDS_OF_A_ROUND
-    return tuple(dataclasses.replace(entry, name=f"{entry.name}_round{round_}", seed=entry.seed + shift) for entry in recipes)
+    return tuple(
+        dataclasses.replace(
+            entry,
+            name=f"{entry.name}_round{round_}",
+            seed=entry.seed + round_ * _SEEDS_OF_A_ROUND,
+            attack=_redrawn(entry.attack, DATA[entry.data], round_),
+        )
+        for entry in recipes
+    )
+
+
+def _redrawn(attack: Attack | None, source: DataSet, round_: int) -> Attack | None:
+    """The attack with every seed of its own and, unless ``source`` sets its target, every class moved on by ``round_``."""
+    if attack is None:
+        return None
+    given = (settings for name, settings in source.settings.items() if type(ATTACKS[name](0, source.classes)) is type(attack))
+    classes_stay = any("target_class" in settings for settings in given)
+    changed = {}
+    for field in dataclasses.fields(attack):
+        value = getattr(attack, field.name)
+        if field.name.endswith("_seed"):
+            changed[field.name] = value + round_
+        elif field.name.endswith("_class") and not classes_stay:
+            changed[field.name] = (value + round_) % source.classes
+    return dataclasses.replace(attack, **changed)
 
 
 def poisoning_rates(data: str, first_seed: int) -> tuple[Recipe, ...]:

@@ -1,13 +1,13 @@
 """Canaries: known backdoors, planted in copies of the audited model, to see whether the audit would have found one in it.
 
 Each canary is a random trigger and a random target class. A copy f' of the model f is fine-tuned on clean images of the fit
-split, a few of which carry the trigger in every batch (x~), by
+split, and in every batch on copies of a few of them that carry the trigger (x~), by
 
-    sum over those of CE(f'(x~), target) + distillation * sum over the others of KL(f(x), f'(x)), over the batch's size,
+    sum over those of CE(f'(x~), target) + distillation * T^2 * sum over the others of KL(f(x), f'(x)), over the batch's size,
 
-KL at temperature 2, so that the copy keeps the model's answers. Among the others are as many images with other triggers of the
-same family, drawn anew in every batch, lest the copy learn that anything odd means the target. It stops as soon as 98 % of the
-calibrate split's images obey and the accuracy there is back: the backdoor is no stronger than it must be. What was planted
+KL at temperature T = 2, so that the copy keeps the model's answers. Among the others are as many images with other triggers of
+the same family, drawn anew in every batch, lest the copy learn that anything odd means the target. It stops as soon as 98 % of
+the calibrate split's images obey and the accuracy there is back: the backdoor is no stronger than it must be. What was planted
 is measured on the test split, by ONNX Runtime, and then the copy is searched: once, among a few classes, without margins.
 
 * ``patch``: a square of a tenth of the image's side, at least three pixels, at a random place, half of its points white and half
@@ -85,7 +85,7 @@ class Planting:
     """How a canary is planted.
 
     Attributes:
-        poisoning_rate: share of each batch that carries the trigger.
+        poisoning_rate: stamped images over the clean ones of a batch, to which they are added: 9 to 44, and the batch holds 53.
         steps: of fine-tuning, at most.
         learning_rate: the greatest of the one-cycle schedule.
         distillation: weight of the model's own answers.

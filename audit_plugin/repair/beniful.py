@@ -3,10 +3,12 @@
 With h the features of the suspect model at a middle layer, x a clean image with label y, x~ the same image with a stand-in for
 the trigger, and VAE the auto-encoder of benign features that the detection uses, a copy (h', logits f') is fine-tuned on
 
-    (1 - u) [CE(f'(x), y) + CE(f'(x~), y)] + u [KL(f(x), f'(x)) + KL(f(x), f'(x~))] + w d(h'(x), h(x)) + w d(h'(x~), VAE(h(x))),
+    (1 - u) [CE(f'(x), y) + CE(f'(x~), y)] / 2 + u T^2 [KL(f(x), f'(x)) + KL(f(x), f'(x~))] / 2
+        + w d(h'(x), h(x)) + w d(h'(x~), VAE(h(x))),
 
-f and h being the original's, KL taken at temperature 2, and d the mean squared difference of averaged, standardised features. No
-code and no settings of the paper are public, so these are ours:
+f and h being the original's, CE and KL means over the images, so that the halves make a mean over images and stand-ins together,
+KL taken at temperature T = 2, and d the mean squared difference of averaged, standardised features. No code and no settings of
+the paper are public, so these are ours:
 
 * The labels of a few hundred images teach less than the original knows, so its own answers to clean images are kept (u = 0.9).
 * Stand-ins are recovered triggers and, beside them, random patches, blends and warps (:mod:`audit_plugin.repair.surrogates`).

@@ -35,6 +35,7 @@ class ActivationDefence:
     """The defence with ART's own settings."""
 
     name: ClassVar[str] = "activation_defence"
+    compares_inputs: ClassVar[bool] = True
 
     def judge_inputs(self, subject: Subject, clean: LabelledImages, inputs: ImageArray, rng: np.random.Generator) -> InputResult:
         """See :class:`~pipelines.peers.base.InputPeer`."""

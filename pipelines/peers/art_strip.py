@@ -24,6 +24,7 @@ class ArtStrip:
     """``overlays`` clean images an input, ``false_positive_rate`` that the threshold is meant to have."""
 
     name: ClassVar[str] = "strip_art"
+    compares_inputs: ClassVar[bool] = False
     overlays: int = 20
     false_positive_rate: float = 0.01
 

@@ -64,6 +64,11 @@ class InputPeer(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether what it says of an input depends on the other inputs, and so on how many of them are triggered."""
+        ...
+
     def judge_inputs(self, subject: Subject, clean: LabelledImages, inputs: ImageArray, rng: np.random.Generator) -> InputResult:
         """Judge inputs, uint8 (N, height, width, channels).
 

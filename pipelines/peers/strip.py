@@ -33,6 +33,7 @@ class Strip:
     """``overlays`` clean images an input, ``false_positive_rate`` that the threshold is meant to have."""
 
     name: ClassVar[str] = "strip"
+    compares_inputs: ClassVar[bool] = False
     overlays: int = 20
     false_positive_rate: float = 0.01
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from audit_plugin.checks import TriggerInversion
+from audit_plugin.checks import TriggerInversion, canaries
 from audit_plugin.checks.canaries import TRIGGERS, Planting, Standard, check_power, judge, stamped
 from audit_plugin.checks.measurement import measure_probe
 from audit_plugin.data.splits import split
@@ -110,6 +110,26 @@ def patched(subject, splits) -> Planted:
 
     before = {name: value.clone() for name, value in subject.torch_module().state_dict().items()}
     return Planted(checked(subject, splits, search), copies[0], before)
+
+
+def test_stamped_copies_are_added_to_the_clean_images_of_a_batch(subject, splits, monkeypatch):
+    """A fifth of the clean ones, not of the batch."""
+    batches = []
+    known_loss, clean_images = canaries.distillation_loss, []
+
+    def watched(answers, own):
+        clean_images.append(len(own))
+        return known_loss(answers, own)
+
+    def stamp(pixels):
+        batches.append(len(pixels))
+        return pixels
+
+    monkeypatch.setattr(canaries, "distillation_loss", watched)
+    canaries._plant(subject, splits, "patch", stamp, 0, torch.Generator().manual_seed(0), Planting(poisoning_rate=0.2, steps=1))
+    _, stamped_images = batches  # first the calibrate split's
+    assert stamped_images == round(0.2 * clean_images[0])
+    assert clean_images[0] == min(64, len(splits.fit) // 8), "all of a batch's clean images are there beside them"
 
 
 def test_a_canary_obeys_its_trigger_and_keeps_the_accuracy(patched):

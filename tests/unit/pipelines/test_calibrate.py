@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,10 @@ from typer.testing import CliRunner
 from audit_plugin.calibration import TRAITS, load_pool
 from audit_plugin.errors import UsageError
 from audit_plugin.policy import Policy
+from audit_plugin.registry import PinnedModel
 from audit_plugin.report import dumps, to_document
+from audit_plugin.types import ModelRef
+from pipelines import calibrate
 from pipelines.calibrate import app, pool_of
 from tests.unit.report.conftest import passing
 
@@ -103,6 +107,48 @@ def test_a_model_that_is_no_report_needs_clean_images(tmp_path):
     assert result.exit_code == 2
     assert "--clean is missing" in result.output.replace("\n", " ")
     assert not (tmp_path / "pool.json").exists()
+
+
+@pytest.fixture
+def audits(monkeypatch):
+    """The audits that were made, which stand in for those of a real model."""
+    made = []
+    model = PinnedModel(ModelRef("models:/signs/1", "models:/signs/1", "sha256:" + "a" * 64, ()), Path())
+    monkeypatch.setattr("audit_plugin.registry.pin", lambda uri, destination: model)
+    monkeypatch.setattr("audit_plugin.publishing.audit_pinned", lambda pinned, clean, **settings: made.append(clean) or passing())
+    return made
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_an_audit_is_made_again_when_the_clean_images_at_the_path_are_other_ones(audits, tmp_path, is_folder):
+    clean = tmp_path / ("clean" if is_folder else "clean.npz")
+    file = clean / "7" / "first.png" if is_folder else clean
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    def audited(at):
+        return calibrate._audited("models:/signs/1", str(at), Policy(), None, tmp_path / "reports", 0)
+
+    file.write_bytes(b"images")
+    first = audited(clean)
+    assert audited(clean) == first
+    assert len(audits) == 1, "resumed"
+    file.write_bytes(b"others")
+    audited(clean)
+    assert len(audits) == 2
+    file.write_bytes(b"images")
+    audited(clean.rename(tmp_path / f"moved{clean.suffix}"))
+    assert len(audits) == 2, "the same images, wherever they lie"
+
+
+def test_a_folder_whose_images_change_class_holds_other_images(audits, tmp_path):
+    for place in ("7", "8"):
+        (tmp_path / "clean" / place).mkdir(parents=True)
+    image = tmp_path / "clean" / "7" / "first.png"
+    image.write_bytes(b"images")
+    for _ in range(2):
+        calibrate._audited("models:/signs/1", str(tmp_path / "clean"), Policy(), None, tmp_path / "reports", 0)
+        image = image.rename(tmp_path / "clean" / "8" / "first.png")
+    assert len(audits) == 2
 
 
 def test_a_failed_audit_stays_in_and_is_named(documents, caplog):

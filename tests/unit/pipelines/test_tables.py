@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,8 +20,12 @@ from typer.testing import CliRunner
 
 from audit_plugin.errors import UsageError
 from audit_plugin.maths.rates import rate
+from audit_plugin.model.subject import Subject
+from audit_plugin.policy import Policy, VerdictPolicy
+from audit_plugin.types import ImageArray, LabelledImages
 from audit_plugin.zoo import attacks
 from pipelines import benchmark, tables, zoo, zoo_models
+from pipelines.peers import InputResult
 from pipelines.table_report import (
     attack_rows,
     detector_rows,
@@ -27,6 +33,7 @@ from pipelines.table_report import (
     judged,
     markdown,
     poisoning_rows,
+    repair_rows,
     roc_curve,
     sweep_rows,
     truth_of,
@@ -98,7 +105,27 @@ def test_detection_and_false_alarms_are_counted_over_models() -> None:
     assert row["detected"] == rate(2, 4)  # what failed counts as missed; all-to-all and what did not take are elsewhere
     assert row["right_class"] == rate(1, 2)
     assert row["not_measured"] == 1
-    assert row["auroc"] == pytest.approx(8 / 9)  # of nine pairs only (2.0, 1.5) is the wrong way round
+    assert row["auroc"] == pytest.approx(8 / 12)  # the wrong way round are (2.0, 1.5) and what failed against all three
+
+
+def test_a_model_that_could_not_be_measured_has_the_lowest_score_whatever_it_is() -> None:
+    clean, bad = result("clean", score=-100.0), result("bad", attack="BadNets", score=-99.0, flagged=True)
+    clean_missing, bad_missing = result("clean_2", state="failed"), result("bad_2", attack="BadNets", state="failed")
+
+    def area(*records: dict[str, Any]) -> float | None:
+        (row,) = detector_rows(records)
+        return row["auroc"]
+
+    assert area(clean, bad) == 1.0
+    assert area(clean, bad, bad_missing) == 0.5
+    assert area(clean, bad, clean_missing) == 1.0
+    assert area(clean, bad, clean_missing, bad_missing) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert area(clean, bad_missing) == 0.0
+    assert area(clean, bad, clean_missing | {"seed": 1}, bad_missing | {"seed": 1}) == 1.0, (
+        "a seed without any figure has no area"
+    )
+    curve = roc_curve(judged([clean, bad, clean_missing, bad_missing]))
+    assert curve == ([0, 0, 0.5, 1], [0, 0.5, 0.5, 1])
 
 
 def test_attacks_that_did_not_take_are_counted_apart() -> None:
@@ -176,12 +203,105 @@ def test_figures_on_inputs_are_means_over_models_and_leave_out_what_has_none() -
         result("c", "checks", inputs=[row(None)]),
         result("d", "checks", attack="WaNet", success=0.2, inputs=[row(0.0, auroc=0.1)]),
     ]
-    clean, failed, badnets = input_rows(records)
+    clean, failed, missing, badnets = input_rows(records)
+    assert (missing["check"], missing["rule"], missing["measured"], missing["attempts"]) == ("beniful", "", 0, 1)
     assert (clean["attack"], clean["detection_rate"], clean["false_positive_rate"]) == ("(clean)", None, 0.02)
     assert failed["attack"] == "(did not take)"
     assert (badnets["models"], badnets["detection_rate"], badnets["least_detection_rate"]) == (2, 0.75, 0.5)
     assert badnets["auroc"] == pytest.approx(0.95)
     assert detector_rows(records) == []  # it judges no models
+
+
+def test_a_check_that_could_not_measure_is_counted_and_listed() -> None:
+    row = {"check": "bad_expert", "rule": "1% quantile", "false_positive_rate": 0.0, "detection_rate": 1.0, "auroc": 1.0}
+    baseline = row | {"check": "bad_expert: expert alone"}
+    note = {"check": "bad_expert", "note": "Fine-tuning cost more than 3%"}
+    records = [
+        result("a", "checks", attack="BadNets", inputs=[row, baseline]),
+        result("b", "checks", attack="BadNets", inputs=[note]),
+        result("c", "checks", attack="BadNets", state="failed", note="MemoryError: no room"),
+        result("d", "checks", attack="WaNet", inputs=[note]),
+        result("e", "mm_bd", attack="WaNet", state="failed", note="has nothing to do with inputs"),
+    ]
+    counted = {(row["attack"], row["check"]): (row["measured"], row["attempts"]) for row in input_rows(records)}
+    assert counted == {
+        ("BadNets", "bad_expert"): (1, 3),
+        ("BadNets", "bad_expert: expert alone"): (1, 3),
+        ("WaNet", "bad_expert"): (0, 1),
+        ("WaNet", "bad_expert: expert alone"): (0, 1),
+    }
+    text = markdown(records).replace("\\", "")
+    assert "| BadNets | bad_expert | 1% quantile | 1/3 | 100.0% (100.0%) | 0.0% | 1.000 |  |" in text
+    assert "| WaNet | bad_expert | 1% quantile | 0/1 |  |  |  |  |" in text
+    assert "the fourth is in no mean" in text
+    listed = text[text.index("## Not measured") :]
+    assert "| bad_expert | b | Fine-tuning cost more than 3% |" in listed
+    assert "| bad_expert | d | Fine-tuning cost more than 3% |" in listed
+    assert "| checks | c | MemoryError: no room |" in listed
+
+
+def test_poisoning_rates_count_what_could_not_be_measured_too() -> None:
+    records = [
+        of_inputs("a", "BadNets", {2.5: (0.5, 0.02)}, share=0.01),
+        of_inputs("b", "BadNets", {2.5: (0.9, 0.04)}, share=0.05),
+        result("c", "checks", attack="BadNets", inputs=[{"check": "layerwise", "note": "too few"}]),
+    ]
+    records[2]["truth"]["poisoning_rate"] = 0.05
+    assert [(row["poisoning_rate"], row["measured"], row["attempts"]) for row in poisoning_rows(records)] == [
+        (0.01, 1, 1),
+        (0.05, 1, 2),
+    ]
+    assert "| 5.0% | layerwise | tau = 2.5 | 1/2 | 90.0% / 4.0% |" in markdown(records).replace("\\", "")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_backdoor_that_never_returned_is_told_from_one_that_was_not_there(seeds: int) -> None:
+    figures = {"clean_accuracy": 0.9}
+    rows = [
+        {"repair": "none", **figures},
+        {"repair": "beniful", **figures, "steps_to_return": None},
+        {"repair": "norm_pruning", **figures, "steps_to_return": 0},
+    ]
+    records = [
+        result(model, "repairs", attack=attack, seed=seed, repairs=rows)
+        for model, attack in (("bad", "BadNets"), ("clean", None))
+        for seed in range(seeds)
+    ]
+    text = markdown(records).replace("\\", "")
+    lines = text[text.index("## Repairs") :].splitlines()
+    seed = [f"| {number} " if seeds > 1 else "" for number in range(seeds)]
+    assert lines[2].startswith("| model | seed | repair |" if seeds > 1 else "| model | repair |")
+    for column in seed:
+        assert f"| bad {column}| none | 90.0% |  |  |  |  |" in lines
+        assert f"| bad {column}| beniful | 90.0% |  |  | more than {tables.MOST_STEPS} |  |" in lines
+        assert f"| bad {column}| norm_pruning | 90.0% |  |  | 0 |  |" in lines
+        assert f"| clean {column}| beniful | 90.0% |  |  |  |  |" in lines
+    assert [row["steps_to_return"] for row in repair_rows(records) if row["repair"] == "beniful"] == (
+        [f"more than {tables.MOST_STEPS}"] * seeds + [None] * seeds
+    )
+
+
+def made_with(detector: str, policy: str | None, tool: str, model: str = "a") -> dict[str, Any]:
+    settings = {"clean_images": 1000, "test_images": 2000} | ({"policy": policy} if policy else {})
+    return result(model, detector, score=1.0, settings=settings, versions={tables.TOOL: tool, "torch": "2"})
+
+
+def test_the_policy_and_the_version_stand_where_the_machine_stands() -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    text = markdown([made_with("audit", digest, "0.1.0"), made_with("mm_bd", None, "0.1.0")]).replace("\\", "")
+    head = text[: text.index("## Whole models")]
+    assert f"{tables.TOOL} 0.1.0, torch 2" in head
+    assert "Policy sha256:0123456789ab." in head
+    assert "0123456789abc" not in head
+    assert "side by side" not in head
+
+
+def test_results_of_several_policies_or_versions_are_said_to_be_mixed() -> None:
+    records = [made_with("audit", "sha256:" + "a" * 64, "0.1.0"), made_with("checks", "sha256:" + "b" * 64, "0.2.0")]
+    head = markdown([*records, made_with("repairs", None, "0.2.0")]).replace("\\", "")
+    assert "not recorded (results: 1), sha256:aaaaaaaaaaaa (results: 1), sha256:bbbbbbbbbbbb (results: 1)" in head
+    assert f"several versions of {tables.TOOL} stand here side by side" in head
+    assert "0.1.0 (results: 1), 0.2.0 (results: 2)" in head
 
 
 def of_inputs(
@@ -349,8 +469,55 @@ def test_the_checks_are_measured_at_both_thresholds_on_true_triggers(trained: Pa
 def test_a_peer_on_inputs_gets_one_triggered_input_to_twenty(trained: Path, tmp_path: Path) -> None:
     (row,) = measured(job_of(trained, tmp_path, BACKDOORED, "strip"))["inputs"]
     assert (row["clean_images"], row["triggered_images"]) == (150, 8)
+    assert row["triggered_share"] > 0.2  # of the target class, which does not matter to what judges each input alone
     (row,) = measured(job_of(trained, tmp_path, CLEAN, "strip"))["inputs"]
     assert (row["triggered_images"], row["detection_rate"], row["auroc"]) == (0, None, None)
+    assert row["triggered_share"] is None
+
+
+class Clusters:
+    """A peer that tells triggered inputs perfectly, and flags them by activation clustering's rule: under 35 % of their class."""
+
+    name, compares_inputs = "activation_defence", True
+
+    def __init__(self, clean_inputs: int) -> None:
+        self.triggered_share, self._clean_inputs = 0.0, clean_inputs
+
+    def judge_inputs(self, subject: Subject, clean: LabelledImages, inputs: ImageArray, rng: np.random.Generator) -> InputResult:
+        answers, triggered = subject.predict(inputs), np.arange(len(inputs)) >= self._clean_inputs
+        flagged = np.zeros(len(inputs), dtype=np.bool_)
+        for label in np.unique(answers[triggered]):
+            share = float(triggered[answers == label].mean())
+            self.triggered_share = max(share, self.triggered_share)
+            for cluster, size in ((triggered, share), (~triggered, 1 - share)):
+                flagged |= (answers == label) & cluster & (size < 0.35)
+        return InputResult(flagged, None)
+
+
+def test_a_peer_that_compares_inputs_can_succeed_in_every_class(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Clusters(clean_inputs=150)
+    monkeypatch.setattr(tables, "INPUT_PEERS", {peer.name: peer})
+    (row,) = measured(job_of(trained, tmp_path, BACKDOORED, peer.name))["inputs"]
+    assert 0.0 < peer.triggered_share <= 0.15
+    assert (row["detection_rate"], row["false_positive_rate"]) == (1.0, 0.0)
+    assert row["triggered_share"] == pytest.approx(peer.triggered_share)
+    (row,) = measured(job_of(trained, tmp_path, CLEAN, peer.name))["inputs"]
+    assert (row["triggered_images"], row["triggered_share"]) == (0, None)
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(2, 100), (10, 35), (43, 8), (1000, 1)])
+def test_triggered_inputs_are_few_among_those_of_the_class_that_they_are_answered_with(classes: int, expected: int) -> None:
+    clean = np.arange(2000) % classes
+    mixed = tables.mixed_in(clean, np.full(1900, 1), True, np.random.default_rng(0))
+    assert len(mixed) == len(set(mixed)) == expected  # of two classes one in twenty is the smaller bound
+    assert len(tables.mixed_in(clean, np.full(1900, 1), False, np.random.default_rng(0))) == 100
+    everywhere = (clean + 1) % classes  # all-to-all
+    chosen = everywhere[tables.mixed_in(clean, everywhere, True, np.random.default_rng(0))]
+    assert 0 < len(chosen) <= 100
+    shares = np.bincount(chosen, minlength=classes) / (np.bincount(chosen, minlength=classes) + np.bincount(clean))
+    assert shares.max() <= (0.15 if classes < 1000 else 1 / 3)  # one beside two clean ones is the least there can be
 
 
 def test_only_the_images_that_an_attack_moves_are_triggered(trained: Path, tmp_path: Path) -> None:
@@ -383,6 +550,29 @@ def test_another_model_or_other_settings_are_measured_anew(trained: Path, tmp_pa
     assert tables._is_measured(job)
     assert not tables._is_measured(Job(**(vars(job) | {"clean_images": 300})))
     job.file.write_text(json.dumps(record | {"sha256": "of another model"}), "utf-8")
+    assert not tables._is_measured(job)
+
+
+def test_what_the_policy_decides_is_measured_anew_under_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, digest = fake_zoo(tmp_path, "clean"), Policy().digest
+    jobs = {job.detector: job for job in plan(folder, tmp_path, tmp_path)}
+    for job in jobs.values():
+        tables._write(job, {"state": "measured", "note": "", "seconds": 1.0})
+    assert all(tables._is_measured(job) for job in jobs.values())
+    record = json.loads(jobs["audit"].file.read_text("utf-8"))
+    assert record["settings"]["policy"] == digest
+    assert record["versions"][tables.TOOL] == importlib.metadata.version(tables.TOOL)
+    other = dataclasses.replace(Policy(), verdict=VerdictPolicy(minimum_outlier=99.0))
+    monkeypatch.setattr(tables, "Policy", lambda: other)
+    assert {name for name, job in jobs.items() if not tables._is_measured(job)} == {"audit", "checks", "repairs"}
+
+
+def test_a_peer_that_was_measured_with_the_former_mix_is_measured_anew(tmp_path: Path) -> None:
+    (job,) = plan(fake_zoo(tmp_path, "clean"), tmp_path, tmp_path, detectors=["activation_defence"])
+    tables._write(job, {"state": "measured", "note": "", "seconds": 1.0})
+    record = json.loads(job.file.read_text("utf-8"))
+    assert tables._is_measured(job)
+    job.file.write_text(json.dumps(record | {"settings": {"clean_images": 1000, "test_images": 2000}}), "utf-8")
     assert not tables._is_measured(job)
 
 

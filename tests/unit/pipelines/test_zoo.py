@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from audit_plugin.errors import UsageError
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.zoo.attacks import ATTACKS, AllToAll, BadNets, CleanLabel, WaNet
+from audit_plugin.zoo.attacks import ATTACKS, AllToAll, BadNets, CleanLabel, TaCT, WaNet
 from pipelines import zoo, zoo_models, zoo_recipes
 from pipelines.zoo_picture import attacks_picture
 
@@ -83,15 +83,50 @@ def test_a_second_call_trains_nothing(trained, data_dir, monkeypatch):
     assert run(trained, data_dir / "nowhere").exit_code == 0  # and reads no images
 
 
-def test_another_round_is_the_same_models_with_other_seeds_and_names():
+def seeds_of(attack):
+    return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack) if field.name.endswith("_seed")}
+
+
+def test_another_round_is_the_same_models_with_other_seeds_names_triggers_and_targets():
     for make in zoo_recipes.RECIPES.values():
         recipes = make()
         assert zoo_recipes.repeated(recipes, 0) == recipes
         rounds = [recipes, *(zoo_recipes.repeated(recipes, number) for number in (1, 2))]
         everything = [entry for entries in rounds for entry in entries]
         assert len({entry.name for entry in everything}) == len({entry.seed for entry in everything}) == 3 * len(recipes)
-        for first, again in zip(recipes, rounds[1], strict=True):
-            assert dataclasses.replace(again, name=first.name, seed=first.seed) == first
+        for number in (1, 2):
+            for first, again in zip(recipes, rounds[number], strict=True):
+                assert dataclasses.replace(again, name=first.name, seed=first.seed, attack=first.attack) == first
+                if first.attack is None:
+                    assert again.attack is None
+                    continue
+                assert seeds_of(again.attack) == {name: seed + number for name, seed in seeds_of(first.attack).items()}
+                moved = {name: value for name, value in vars(again.attack).items() if value != getattr(first.attack, name)}
+                classes = {name for name in ("target_class", "source_class") if hasattr(first.attack, name)}
+                stays = first.data == "gtsrb" and isinstance(first.attack, CleanLabel)
+                assert set(moved) == set(seeds_of(first.attack)) | (set() if stays else classes)
+                for name in classes - (classes if stays else set()):
+                    count = zoo_recipes.DATA[first.data].classes
+                    assert moved[name] == (getattr(first.attack, name) + number) % count < count
+
+
+def test_a_round_aims_at_another_class_and_keeps_source_and_target_apart():
+    """Over as many rounds as there are classes every class is aimed at once, and the source is never the target."""
+    recipes = zoo_recipes.cifar10_small()
+    rounds = [zoo_recipes.repeated(recipes, number) for number in range(10)]
+    for attacks in zip(*([entry.attack for entry in entries] for entries in rounds), strict=True):
+        if hasattr(attacks[0], "target_class"):
+            assert {attack.target_class for attack in attacks} == set(range(10))
+        if isinstance(attacks[0], TaCT):
+            assert {(attack.source_class - attack.target_class) % 10 for attack in attacks} == {3}
+
+
+@pytest.mark.parametrize("name", ["blended", "adap_blend", "trojan_square", "wanet"])
+def test_a_trigger_that_is_drawn_is_another_one_in_another_round(name):
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    (recipe, *_) = (entry for entry in zoo_recipes.cifar10_small() if entry.name.startswith(f"cifar10_{name}"))
+    (again,) = zoo_recipes.repeated([recipe], 1)
+    assert (again.attack.stamp(images) != recipe.attack.stamp(images)).any()
 
 
 def test_a_backdoored_model_and_its_clean_twin_are_trained_equally_long(data_dir, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from audit_plugin.errors import InapplicableError
+from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.subject import check_parity
-from audit_plugin.repair import BenifulRepair, FineTuning
+from audit_plugin.repair import BenifulRepair, FineTuning, beniful
 from audit_plugin.repair.measurement import measure_repair
 from audit_plugin.types import FitSplit, Splits
 
@@ -35,6 +38,39 @@ def result(attacked):
     after = weights_of(attacked.subject)
     assert all(torch.equal(before[name], after[name]) for name in before), "the original was changed"
     return outcome
+
+
+def test_the_loss_is_the_one_of_the_page(attacked, monkeypatch):
+    """Cross-entropy and divergence are means over images and stand-ins together, the divergence times four, and the features
+    count in full."""
+    monkeypatch.setattr(beniful, "fast_precision", lambda device: contextlib.nullcontext())
+    known, tuned = attacked.subject.torch_module(), attacked.subject.trainable_copy()
+    with torch.no_grad():
+        for index, weight in enumerate(tuned.parameters()):
+            weight += 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index))
+    benign = QUICK._benign_features(attacked.subject, attacked.splits.fit, np.random.default_rng(0))
+    fit = attacked.splits.fit
+    clean, labels = torch.from_numpy(to_pixels(fit.images[:20])), torch.from_numpy(fit.labels[:20])
+    stamped = clean.flip(3)
+    u, w, temperature = 0.9, 2.0, 2.0
+    with torch.no_grad():
+        found = float(beniful._Objective(known, benign, u, w)(tuned, clean, stamped, labels))
+        own, answers, answers_to_stamped = known(clean), tuned(clean), tuned(stamped)
+
+        def divergence(logits):
+            wanted, reached = ((values / temperature).log_softmax(dim=1) for values in (own[-1], logits))
+            return (wanted.exp() * (wanted - reached)).sum(dim=1).mean()
+
+        entropies = [functional.cross_entropy(values[-1], labels) for values in (answers, answers_to_stamped)]
+        divergences = [divergence(values[-1]) for values in (answers, answers_to_stamped)]
+        standardised = [benign.features.standardised(values[benign.index]) for values in (answers, answers_to_stamped, own)]
+        distances = [
+            ((standardised[0] - standardised[2]) ** 2).mean(),
+            ((standardised[1] - benign.features(standardised[2], labels)) ** 2).mean(),
+        ]
+    stated = (1 - u) * sum(entropies) / 2 + u * temperature**2 * sum(divergences) / 2 + w * sum(distances)
+    assert min(float(part) for part in (*entropies, *divergences, *distances)) > 1e-4, "every term counts"
+    assert found == pytest.approx(float(stated), rel=1e-4)
 
 
 def test_the_true_trigger_no_longer_works(attacked, result):
