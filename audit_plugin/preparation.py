@@ -15,6 +15,7 @@ from audit_plugin.errors import CleanSetError
 from audit_plugin.intake import inspect
 from audit_plugin.model.input_spec import distrusted_tags, open_shape, resolve_class_names, resolve_input_spec
 from audit_plugin.model.load import load_network
+from audit_plugin.model.state import with_changed_state
 from audit_plugin.model.subject import Subject, check_answers, check_parity, prepare_subject
 from audit_plugin.model.unpickle import convert_pickle
 from audit_plugin.policy import Policy
@@ -76,7 +77,7 @@ def prepare(
             spec = resolve_input_spec(network.input_shape, policy.model, model.tags)
             class_names = resolve_class_names(network.class_count, policy.model, model.tags)
             distrusted = distrusted_tags(spec, network.input_shape, policy.model, model.tags, intake.data_path)
-            intake = dataclasses.replace(intake, findings=(*intake.findings, *distrusted))
+            intake = with_changed_state(dataclasses.replace(intake, findings=(*intake.findings, *distrusted)), network)
 
     with stage("Reading the clean images"):
         loaded = load_images(clean, input_spec=spec, class_names=class_names)

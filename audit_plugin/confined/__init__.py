@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import tempfile
 import threading
@@ -217,11 +218,13 @@ class _Relay:
         self._taken += 1
         if self._taken > _MOST_MESSAGES:
             return
-        with suppress(ValueError, TypeError, KeyError, OverflowError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             message = json.loads(line)
             if "log" in message and message["level"] in _LEVELS:
                 log.log(logging.getLevelName(message["level"]), "%s", clean_text(message["log"], _LONGEST_MESSAGE))
             elif self._progress is not None and "stage" in message:
                 self._progress.stage(clean_text(message["stage"], 100))
             elif self._progress is not None and "share" in message:
-                self._progress.advance(min(max(float(message["share"]), 0.0), 1.0))
+                share = float(message["share"])
+                if not math.isnan(share):
+                    self._progress.advance(min(max(share, 0.0), 1.0))

@@ -52,9 +52,27 @@ _BITS: dict[int, int] = {
     onnx.TensorProto.UINT64: 64,
     onnx.TensorProto.BFLOAT16: 16,
 }
-# Operators that make a value as large as their constant operands or attributes say: by the product of these, or by the largest.
-_SIZED_BY_PRODUCT = ("ConstantOfShape", "Expand", "Tile", "Resize", "Upsample", "RandomNormal", "RandomUniform")
-_SIZED_BY_LARGEST = ("Range", "Pad", "OneHot", "CenterCropPad", "HannWindow", "HammingWindow", "BlackmanWindow")
+# Operators that make a value as large as some of their operands say, which are listed by place, or their attributes: by the
+# product of the numbers, or by the largest. The others hold values, such as what Pad fills with.
+_SIZED_BY_PRODUCT: dict[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "Tile": (1, 2),
+    "Resize": (1, 2, 3),
+    "Upsample": (1,),
+    "RandomNormal": (),
+    "RandomUniform": (),
+}
+_SIZED_BY_LARGEST: dict[str, tuple[int, ...]] = {
+    "Range": (0, 1, 2),
+    "Pad": (1,),
+    "OneHot": (1,),
+    "CenterCropPad": (1,),
+    "HannWindow": (0,),
+    "HammingWindow": (0,),
+    "BlackmanWindow": (0,),
+}
+_SIZES = ("pads", "paddings", "scales", "shape")  # of attributes
 _MOST_DIMENSIONS = 64
 _EXPORT_AGAIN = "Export the model again with torch.onnx.export(model, args, dynamo=True) and log it with mlflow.onnx.log_model."
 
@@ -159,10 +177,12 @@ def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
 
 def _check_asked(path: str, node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]]) -> None:
     """Refuse a node that makes a giant value out of a few bytes; what it computes from other values is not known here."""
-    if node.op_type not in (*_SIZED_BY_PRODUCT, *_SIZED_BY_LARGEST):
+    places = (_SIZED_BY_PRODUCT | _SIZED_BY_LARGEST).get(node.op_type)
+    if places is None:
         return
-    asked = [constants[name].reshape(-1).tolist() for name in node.input if name in constants]
-    asked += [list(attribute.ints) or list(attribute.floats) for attribute in node.attribute]
+    operands = (name for place, name in enumerate(node.input) if place in places)
+    asked = [constants[name].reshape(-1).tolist() for name in operands if name in constants]
+    asked += [list(attribute.ints) or list(attribute.floats) for attribute in node.attribute if attribute.name in _SIZES]
     for values in asked:
         counts = [abs(value) for value in values if abs(value) > 1]
         size = math.prod(counts) if node.op_type in _SIZED_BY_PRODUCT else max(counts, default=0)

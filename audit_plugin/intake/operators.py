@@ -61,7 +61,7 @@ _ATEN = frozenset(
         "resolve_conj resolve_neg roll rot90 scatter scatter_add scatter_reduce select select_scatter slice "
         "slice_scatter split split_with_sizes squeeze stack swapaxes swapdims t take take_along_dim tensor_split "
         "tile transpose tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as "
-        "view_as_complex view_as_real vsplit vstack numpy_T mT adjoint real imag tril_indices triu_indices "
+        "view_as_complex view_as_real vsplit vstack numpy_T mT adjoint real imag tril_indices triu_indices _unsafe_view "
         # creation, conversion, sizes
         "arange bool byte complex copy double empty empty_like empty_permuted eye float full full_like half int "
         "int_repr lift lift_fresh lift_fresh_copy linspace logspace long new_empty new_full new_ones new_zeros "

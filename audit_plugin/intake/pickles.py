@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from audit_plugin.errors import IntakeError
 from audit_plugin.intake.archive import Archive, read_archive
-from audit_plugin.intake.refusal import quoted, refusal
+from audit_plugin.intake.refusal import LARGEST_VALUE, quoted, refusal
 
 PICKLE_MAGIC = b"\x80"
 
@@ -206,9 +206,13 @@ class _Machine:
     def _tensor(self, storage: PickledStorage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> PickledTensor:
         if len(shape) != len(stride):
             raise self._refuse("a tensor whose shape and strides differ in length")
-        empty = math.prod(shape) == 0
+        count = math.prod(shape)
+        if count > LARGEST_VALUE:  # strides of zero make it out of a few bytes
+            raise refusal(
+                self._path, f"a tensor of more than {LARGEST_VALUE} numbers", "no image classifier needs as many", _SAVE_PLAINLY
+            )
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if not empty and last >= storage.count:
+        if count and last >= storage.count:
             raise self._refuse(f"a tensor of shape {shape}, more than its storage holds")
         return PickledTensor(storage, shape)
 

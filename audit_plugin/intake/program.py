@@ -71,6 +71,8 @@ _MAKERS = frozenset(
         "zeros one_hot reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"
     )
 )
+# Makers of which a single number is no size, but what fills the value, or a bound; torch takes none for their lists of sizes.
+_FILLED = frozenset(operators.words("constant_pad_nd full new_full pad randint"))
 
 _dtype = one_of(*DTYPE_BYTES)
 _device = record({"type": one_of("cpu", "cuda", "mps", "meta")}, {"index": optional(one_of(*range(64)))})
@@ -159,7 +161,8 @@ def _check_asked(target: str, node: Any) -> None:
         return
     for entry in node["inputs"]:
         argument = entry["arg"]
-        numbers = argument.get("as_ints", [argument.get("as_int", 1)])
+        single = [] if parts[3] in _FILLED else [argument.get("as_int", 1)]
+        numbers = argument.get("as_ints", single)
         if "as_sym_ints" in argument:
             numbers = [size["as_int"] for size in argument["as_sym_ints"] if "as_int" in size]
         counts = [abs(number) for number in numbers if abs(number) > 1]

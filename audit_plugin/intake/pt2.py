@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from audit_plugin.errors import IntakeError
-from audit_plugin.intake import operators, program
+from audit_plugin.intake import program
 from audit_plugin.intake.archive import Archive
 from audit_plugin.intake.pickles import leaves, read_torch_file
-from audit_plugin.intake.program_flow import find_program_paths
-from audit_plugin.intake.refusal import LOG_AGAIN, quoted, refusal
+from audit_plugin.intake.program_flow import find_changed_state, find_program_paths
+from audit_plugin.intake.refusal import LOG_AGAIN, printable, quoted, refusal
 from audit_plugin.intake.structure import MalformedError, Rule, identifier, parse_json
 from audit_plugin.types import IntakeFinding
 
@@ -63,7 +63,8 @@ def check_pt2(path: str, archive: Archive) -> tuple[IntakeFinding, ...]:
     inner = f"{path}!{_SAMPLE_INPUTS}"
     if archive.members[_SAMPLE_INPUTS]:
         _check_sample_inputs(inner, read_torch_file(inner, archive.members[_SAMPLE_INPUTS]))
-    return (*_findings(path, graph_program), *find_program_paths(path, graph_program))
+    changed = _changed_state(graph_program)
+    return (*([state_finding(path, changed)] if changed else []), *find_program_paths(path, graph_program))
 
 
 def _check_members(path: str, archive: Archive) -> None:
@@ -132,33 +133,22 @@ def _check_identifier(path: str, name: str) -> None:
         raise _refused(path, str(error)) from error
 
 
-def _findings(path: str, graph_program: Any) -> list[IntakeFinding]:
-    module = graph_program["graph_module"]
-    owned = {
-        spec[kind]["arg"]["name"]: spec[kind][f"{kind}_name"]
-        for spec in module["signature"]["input_specs"]
-        for kind in ("parameter", "buffer", "tensor_constant")
-        if kind in spec
-    }
-    changed = [
-        owned[node["inputs"][0]["arg"]["as_tensor"]["name"]]
-        for node in module["graph"]["nodes"]
-        if operators.is_in_place(node["target"])
-        and node["inputs"]
-        and node["inputs"][0]["arg"].get("as_tensor", {"name": None})["name"] in owned
-    ]
-    changed += [
-        spec[kind][f"{kind.removesuffix('_mutation')}_name"]
-        for spec in module["signature"]["output_specs"]
-        for kind in ("buffer_mutation", "parameter_mutation")
-        if kind in spec
-    ]
-    if not changed:
-        return []
+def state_finding(path: str, changed: Sequence[str]) -> IntakeFinding:
+    """What is said of a model that changes ``changed``, the names of parameters, buffers or constants."""
     listed = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     cause = "it was exported in training mode, or it counts its calls"
     message = f"the model changes its own state when it runs ({listed}): {cause}; what it answers later was not audited"
-    return [IntakeFinding(path, message, CHANGES_STATE)]
+    return IntakeFinding(path, printable(message), CHANGES_STATE)
+
+
+def _changed_state(graph_program: Any) -> list[str]:
+    declared = [
+        spec[kind][f"{kind.removesuffix('_mutation')}_name"]
+        for spec in graph_program["graph_module"]["signature"]["output_specs"]
+        for kind in ("buffer_mutation", "parameter_mutation")
+        if kind in spec
+    ]
+    return list(dict.fromkeys((*find_changed_state(graph_program), *declared)))
 
 
 def _refused(path: str, found: str) -> IntakeError:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import io
+import json
 import logging
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +18,11 @@ import torch
 from torch import fx, nn
 
 from audit_plugin.errors import IntakeError, SubjectError, nearest
-from audit_plugin.model.onnx_graph import declared_input_shape, input_element, read_model
+from audit_plugin.intake.archive import read_archive
+from audit_plugin.intake.files import opened
+from audit_plugin.intake.refusal import quoted
+from audit_plugin.model.declared_types import check_declared_types
+from audit_plugin.model.onnx_graph import declared_input_shape, input_element, read_model, reads
 from audit_plugin.model.onnx_graph import input_and_output as onnx_input_and_output
 from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.torch_graph import input_and_output, plain_graph
@@ -24,6 +32,12 @@ log = logging.getLogger(__name__)
 
 CLASS_LIMITS = (2, 1000)
 _TRAINED_OTHERWISE = ("batch_norm", "dropout", "rrelu")
+_ACCELERATORS = ("cuda", "mps")
+_SAMPLE_INPUTS = "data/sample_inputs/model.pt"  # in a .pt2
+_NAMED = 3  # of many names, in a message
+# Operators of ONNX in which infinity is no broken weight but a mask or a bound, and those that hand it on as it is.
+_MASKING = frozenset({"Add", "Clip", "Max", "Min", "Pad", "Sub", "Where"})
+_PASSING_ON = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 Run: TypeAlias = Callable[[FloatArray], FloatArray]
 
@@ -95,8 +109,10 @@ def load_network(
 
 def _from_exported_program(path: Path) -> fx.GraphModule:
     try:
-        program = torch.export.load(str(path))
+        program = torch.export.load(_for_this_machine(path))
         _check_mode(program)
+        _check_precision(program)
+        check_declared_types(program)
         return plain_graph(program)
     except SubjectError:
         raise
@@ -107,15 +123,66 @@ def _from_exported_program(path: Path) -> fx.GraphModule:
         ) from error
 
 
+def _for_this_machine(path: Path) -> str | io.BytesIO:
+    """The file, or a copy of one that was exported on a GPU, in which everything lies on the CPU.
+
+    Torch puts each tensor where the file says, so moving the program afterwards would come too late on a machine without GPU.
+    """
+    with opened(path) as content:
+        archive = read_archive(path.name, content)
+        texts = {name: bytes(member) for name, member in archive.members.items() if name.endswith(".json")}
+        found = [device for device in _ACCELERATORS if any(f'"{device}"'.encode() in text for text in texts.values())]
+        if not found:
+            return str(path)
+        log.info("The program was exported on '%s', and is loaded onto the CPU.", found[0])
+        changed = {name: json.dumps(json.loads(text, object_hook=_on_the_cpu)).encode() for name, text in texts.items()}
+        changed[_SAMPLE_INPUTS] = b""  # a pickle of tensors on that device, for which nobody asks
+        copied = io.BytesIO()
+        with zipfile.ZipFile(copied, "w", zipfile.ZIP_STORED) as target:
+            for name, member in archive.members.items():
+                target.writestr(zipfile.ZipInfo(f"{archive.root}/{name}"), changed.get(name, bytes(member)))
+    copied.seek(0)
+    return copied
+
+
+def _on_the_cpu(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of an exported program, as it is unless it is a device."""
+    is_device = value.keys() <= {"type", "index"} and value.get("type") in _ACCELERATORS
+    return {"type": "cpu", "index": None} if is_device else value
+
+
+def _check_precision(program: torch.export.ExportedProgram) -> None:
+    """Rounded to half precision, torch and ONNX Runtime part; in double precision, ONNX Runtime has no convolutions."""
+    given = [node for node in program.graph.find_nodes(op="placeholder") if node.name in program.graph_signature.user_inputs]
+    computed = [node for node in _nodes(program) if node.op == "call_function"]
+    for does, nodes, refused in (
+        ("takes images", given, (torch.float16, torch.bfloat16, torch.float64)),
+        ("computes", computed, (torch.bfloat16,)),  # which no array of NumPy's holds
+    ):
+        values = torch.utils._pytree.tree_leaves([node.meta.get("val") for node in nodes])
+        found = [value.dtype for value in values if isinstance(value, torch.Tensor) and value.dtype in refused]
+        if found:
+            raise SubjectError(
+                f"The program {does} in {str(found[0]).removeprefix('torch.')}, and only float32 can be audited. Call "
+                "model.float(), and log it again without torch.autocast, with an input_example of float32."
+            )
+
+
 def _check_mode(program: torch.export.ExportedProgram) -> None:
     """Must see the program as it was saved: rewriting it breaks up the operators that tell."""
+    for node in _nodes(program):
+        if _is_training(node):
+            raise SubjectError(
+                f"The program was exported in training mode ('{node.name}' trains), so it does not answer as it is "
+                "used. Call model.eval() before logging it again."
+            )
+
+
+def _nodes(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
+    """Of the graph and of those inside it."""
     for part in program.graph_module.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            if _is_training(node):
-                raise SubjectError(
-                    f"The program was exported in training mode ('{node.name}' trains), so it does not answer as it is "
-                    "used. Call model.eval() before logging it again."
-                )
+        if isinstance(part, fx.GraphModule):
+            yield from part.graph.nodes
 
 
 def _is_training(node: fx.Node) -> bool:
@@ -140,14 +207,15 @@ def _from_state_dict(path: Path, architecture: str | None, class_count: int | No
     if architecture not in known:
         raise SubjectError(f"'{architecture}' is no torchvision classifier.{nearest(architecture, known)}")
     weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    _check_plain(weights)
     classes = class_count or _last_rows(weights)
     module: nn.Module = torchvision.models.get_model(architecture, weights=None, num_classes=classes).eval()
     try:
         module.load_state_dict(weights)
     except Exception as error:  # torch raises several kinds, and any other over keys that are no text
         raise SubjectError(
-            f"The state_dict does not fit torchvision's {architecture} with {classes} classes: {_short(error)}. "
-            "Check [model] architecture and classes in the policy."
+            f"The state_dict does not fit torchvision's {architecture} with {classes} classes: "
+            f"{_misfit(module.state_dict(), weights) or _short(error)}. {_way_out(module.state_dict(), weights)}"
         ) from error
     example = torch.zeros(4, *shape[1:])
     try:
@@ -159,11 +227,64 @@ def _from_state_dict(path: Path, architecture: str | None, class_count: int | No
         ) from error
 
 
+def _check_plain(weights: Mapping[Any, Any]) -> None:
+    """Training scripts like to save the epoch and the optimiser beside the weights."""
+    inner = [
+        key
+        for key, value in weights.items()
+        if isinstance(value, dict) and any(isinstance(weight, torch.Tensor) for weight in value.values())
+    ]
+    if inner:
+        key = quoted(inner[0]) if isinstance(inner[0], str) else inner[0]
+        raise SubjectError(
+            f"The file is a whole checkpoint, and its weights are under {key}. "
+            f"Save them alone: torch.save(checkpoint[{key}], path)."
+        )
+
+
+def _misfit(expected: Mapping[str, torch.Tensor], weights: Mapping[Any, Any]) -> str:
+    """The first names of weights that are missing, unknown, or of another shape; empty if none are."""
+    shapes = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    kinds = {
+        "missing": [quoted(key) for key in expected if key not in weights],
+        "unknown": [quoted(str(key)) for key in weights if key not in expected],
+        "of another shape": [
+            f"{quoted(key)} has {shapes[key]} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in shapes and shapes[key] != tuple(value.shape)
+        ],
+    }
+    return "; ".join(
+        f"{len(found)} {kind} ({', '.join(found[:_NAMED] + ['...'] * (len(found) > _NAMED))})"
+        for kind, found in kinds.items()
+        if found
+    )
+
+
+def _way_out(expected: Mapping[str, torch.Tensor], weights: Mapping[Any, Any]) -> str:
+    """What to save or set instead, by the names of the weights."""
+    names = [str(key) for key in weights]
+    dots = [place for place, letter in enumerate(names[0]) if letter == "."]
+    prefix = next((names[0][: dot + 1] for dot in dots if names[0][dot + 1 :] in expected), None)
+    if prefix and all(name.startswith(prefix) for name in names):
+        return (
+            f"All names begin with {quoted(prefix)}, as those of a wrapped model do. Save the state_dict of the model inside, "
+            "for DataParallel torch.save(model.module.state_dict(), path)."
+        )
+    return "Check [model] architecture and classes in the policy."
+
+
 def _last_rows(weights: dict[str, Any]) -> int:
     matrices = [value for value in weights.values() if isinstance(value, torch.Tensor) and value.ndim >= 2]
     if not matrices:
         raise SubjectError("The state_dict holds no weight matrix, so it is no classifier's.")
-    return int(matrices[-1].shape[0])
+    rows = int(matrices[-1].shape[0])
+    if not CLASS_LIMITS[0] <= rows <= CLASS_LIMITS[1]:  # before a network of that size is made
+        raise SubjectError(
+            f"The last weight matrix of the state_dict has {rows} rows, and a classifier has {CLASS_LIMITS[0]} to "
+            f"{CLASS_LIMITS[1]} classes. Save the state_dict of a whole classifier, or give [model] classes in the policy."
+        )
+    return rows
 
 
 def _declared_shape(graph: fx.GraphModule) -> tuple[int, ...]:
@@ -205,19 +326,42 @@ def _stored_tensors(graph: fx.GraphModule) -> dict[str, torch.Tensor]:
 
 
 def _check_weights(program: fx.GraphModule | onnx.ModelProto) -> None:
+    """NaN is broken anywhere, infinity in what was trained. Elsewhere it is a mask; answers that it spoils are refused later."""
     if isinstance(program, onnx.ModelProto):
         stored = {weight.name: onnx.numpy_helper.to_array(weight) for weight in program.graph.initializer}
-        broken = [name for name, value in stored.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+        readers: dict[str, list[onnx.NodeProto]] = collections.defaultdict(list)
+        for node in program.graph.node:
+            for name in reads(node):
+                readers[name].append(node)
+        broken = [
+            name
+            for name, value in stored.items()
+            if value.dtype.kind == "f" and (np.isnan(value).any() or (np.isinf(value).any() and not _only_masks(name, readers)))
+        ]
     else:
+        trained = dict(program.named_parameters())
         broken = [
             name
             for name, value in _stored_tensors(program).items()
-            if value.is_floating_point() and not bool(torch.isfinite(value).all())
+            if value.is_floating_point() and bool(value.isnan().any() or (name in trained and value.isinf().any()))
         ]
     if broken:
         raise SubjectError(
             f"The weights '{broken[0]}' hold NaN or infinite values, so this model cannot be audited. Train and log it again."
         )
+
+
+def _only_masks(name: str, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> bool:
+    """Whether a stored value is only added or chosen, as the mask of an attention is: ONNX does not tell weights from others."""
+    waiting, seen = [name], {name}
+    while waiting:
+        for node in readers.get(waiting.pop(), ()):
+            if node.op_type in _PASSING_ON:
+                waiting += [result for result in node.output if result not in seen]
+                seen.update(node.output)
+            elif node.op_type not in _MASKING:
+                return False
+    return True
 
 
 def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], declared_batch: int) -> Network:

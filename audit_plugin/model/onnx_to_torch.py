@@ -75,7 +75,8 @@ class OnnxModule(nn.Module):
             value = _to_torch(tensor)
             attribute = f"w{index:03d}_{re.sub('[^A-Za-z0-9_]+', '_', name)}"
             self._attributes[name] = attribute
-            if value.is_floating_point() and value.numel() > 1 and name not in frozen:
+            is_weight = value.is_floating_point() and value.numel() > 1 and name not in frozen
+            if is_weight and bool(value.isfinite().all()):  # a mask may hold infinity
                 self.register_parameter(attribute, nn.Parameter(value))
             else:
                 self.register_buffer(attribute, value)

@@ -101,7 +101,7 @@ def without_softmax(graph: fx.GraphModule) -> fx.GraphModule | None:
 
 
 def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a module without guards or input checks, in-place operations made functional.
+    """The program as a module without guards or input checks, in-place operations made functional; it leaves its input as it is.
 
     ``check_guards=False`` keeps torch from running the guard *code* stored in the file; building a new ``GraphModule`` drops the
     hook that insists on the exported batch size.
@@ -111,9 +111,19 @@ def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
     for node in [*module.graph.nodes]:
         if node.op == "call_function" and not node.users and "_assert" in str(node.target):
             module.graph.erase_node(node)
+        elif _writes_to_the_input(node):  # the next reader of the caller's pixels would find them normalised
+            _, written, *_ = node.args
+            node.replace_all_uses_with(written)
+            module.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # the same values, whatever the memory layout of the input
     return fx.GraphModule(module, module.graph)
+
+
+def _writes_to_the_input(node: fx.Node) -> bool:
+    """What a functional graph ends with where the model changes its input: all else already reads the new value."""
+    target = node.args[0] if node.target is torch.ops.aten.copy_.default else None
+    return isinstance(target, fx.Node) and target.op == "placeholder"
 
 
 def _scores(logits: fx.Node) -> fx.Node:

@@ -113,6 +113,11 @@ RULES: Mapping[str, tuple[str, str]] = {
         "The model changes its own state when it runs",
         "It may answer otherwise later than in the audit, so it never passes. Export it in evaluation mode, without counters.",
     ),
+    "answers-by-chance": (
+        "Random numbers reach the model's answer",
+        "A trigger that works for some images only, by chance, shows neither on clean images nor in the search, so the model "
+        "never passes. Export it in evaluation mode, without random numbers.",
+    ),
     "clean-set-unchecked": (
         "The clean images were not validated",
         "What is measured on images that were not validated cannot make a model pass. Audit again.",

@@ -31,6 +31,7 @@ from typing import IO
 import psutil
 
 from audit_plugin.errors import SandboxError, SandboxLimitError
+from audit_plugin.sandbox import leftovers
 from audit_plugin.sandbox.bubblewrap import SYSTEM_FOLDERS, bubblewrap_command, devices_of_gpus
 from audit_plugin.types import Isolation
 
@@ -59,6 +60,8 @@ class Limits:
         seconds: of wall-clock time; its processor time may be that much on every core.
         memory_bytes: of the child and all that it starts, together.
         disk_bytes: of one file, and of all in the working folder together.
+
+    Numbers of processes, of files and folders, and of folders within folders have limits, too.
     """
 
     seconds: float = 3600.0
@@ -83,7 +86,8 @@ def run_isolated(
     Args:
         module: a module with a ``__main__`` part, importable without the current folder or PYTHONPATH.
         arguments: its command line.
-        working_folder: an existing folder; the only place the child may write to, its current folder, HOME and TMPDIR.
+        working_folder: an existing folder; the only place the child may write to, its current folder, HOME and TMPDIR. It is
+            emptied if the child left more there than it may.
         readable: further files and folders that it may read, besides Python and the system's libraries.
         gpu: whether it sees the machine's GPUs.
         required: end the child, before it runs anything untrusted, if it is not kept from network and files.
@@ -128,6 +132,10 @@ def run_isolated(
         finally:
             _kill(process)
             output.close()
+            if excess := leftovers.excess_of(folder, limits.disk_bytes):
+                leftovers.empty(folder)  # the caller's own ways to remove it could fail on its depth
+        if excess:
+            raise SandboxLimitError(f"{module} was refused in the sandbox: {excess}.")
         if process.returncode != 0:
             raise SandboxError(f"{module} failed in the sandbox ({_meaning(process.returncode)}): {_last_line(errors)}")
     return output.isolation
@@ -196,7 +204,7 @@ class _Output:
     def _take(self, line: str) -> None:
         if not self._confined:
             self._confined = True
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 self.isolation = Isolation(**json.loads(line))
         elif self._on_line is not None:
             self._on_line(line)
@@ -244,19 +252,7 @@ def _excess(pid: int, folder: Path, limits: Limits) -> str:
                 memory += process.memory_info().rss
         if memory > limits.memory_bytes:
             return f"it took more than {limits.memory_bytes / 1024**3:.1f} GiB of memory"
-    if _disk_use(folder) > limits.disk_bytes:
-        return f"it wrote more than {limits.disk_bytes / 1024**3:.1f} GiB"
-    return ""
-
-
-def _disk_use(folder: Path) -> int:
-    """Bytes that the files below a folder take up; its content may change meanwhile."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(root, name)).st_blocks * 512
-    return total
+    return leftovers.excess_of(folder, limits.disk_bytes)
 
 
 def has_ended(process: subprocess.Popen[bytes]) -> bool:

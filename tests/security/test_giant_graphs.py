@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from audit_plugin.intake import inspect, onnx_graph
 
@@ -204,6 +206,9 @@ TENSOR_X = {"as_tensor": {"name": "x"}}
         asking("full.default", SIZE, {"as_float": 1.0}),
         asking("rand.default", SIZE),
         asking("new_ones.default", TENSOR_X, SIZE),
+        asking("new_full.default", TENSOR_X, SIZE, {"as_int": 1}),
+        asking("randint.default", {"as_int": 2}, SIZE),
+        asking("pad.default", TENSOR_X, {"as_ints": [10**13, 0]}, {"as_string": "constant"}),
         asking("expand.default", TENSOR_X, SIZE),
         asking("repeat.default", TENSOR_X, SIZE),
         asking("arange.default", {"as_int": 10**13}),
@@ -264,6 +269,36 @@ def test_a_signature_that_nests_is_refused(tiny_pt2: bytes, refused: Callable) -
     }
     with within():
         refused({"MLmodel": json.dumps(document).encode(), "data/model.pt2": tiny_pt2}, "more than 100 nested brackets")
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf, -1e30, 1e12])
+@pytest.mark.parametrize("as_node", [False, True], ids=["initialiser", "constant"])
+def test_what_an_onnx_node_fills_with_is_no_size(tmp_path: Path, value: float, as_node: bool) -> None:
+    nodes = [
+        helper.make_node("Pad", ["x", "p", "fill"], ["a"]),
+        helper.make_node("ArgMax", ["a"], ["b"], axis=1, keepdims=0),
+        helper.make_node("OneHot", ["b", "depth", "values"], ["y"]),
+    ]
+    stored_values = [
+        stored("p", 0, 1, 0, 1),
+        numpy_helper.from_array(np.float32(value), "fill"),
+        stored("depth", 6),
+        stored("values", 0.0, value, kind=np.float32),
+    ]
+    constants = [helper.make_node("Constant", [], [each.name], value=each) for each in stored_values] if as_node else []
+    (tmp_path / "model.onnx").write_bytes(model([*constants, *nodes], [] if as_node else stored_values).SerializeToString())
+    assert inspect(tmp_path).flavour == "onnx"
+
+
+def test_what_a_program_fills_with_is_no_size(tmp_path: Path) -> None:
+    class Filling(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            padded = nn.functional.pad(images, (0, 1, 0, 1), value=-1e30).amax(dim=(2, 3))
+            whole = torch.full((3,), -(10**10)) + images.new_full((3,), -(2**40)) + torch.randint(-(10**10), 10**10, (3,))
+            return padded + whole
+
+    torch.export.save(torch.export.export(Filling(), (torch.rand(4, 3, 8, 8),)), tmp_path / "model.pt2")
+    assert inspect(tmp_path).flavour == "pt2"
 
 
 def test_an_ordinary_size_is_no_terabyte(tmp_path: Path) -> None:

@@ -74,6 +74,13 @@ def test_a_whole_module_is_named(refused: Callable) -> None:
     refused({"model.pth": saved(torch.nn.Linear(2, 2))}, "calls or builds 'torch.nn.modules.linear.Linear'")
 
 
+@pytest.mark.parametrize("shape", [(2**31 + 1,), (2**40, 2), (2**50, 3, 1, 1)])
+def test_a_tensor_that_repeats_one_number_without_end_is_refused(shape: tuple[int, ...], refused: Callable) -> None:
+    content = saved({"fc.weight": torch.zeros(1).expand(shape)})
+    assert len(content) < 2_000
+    refused({"model.pth": content}, "a tensor of more than 2147483648 numbers")
+
+
 def test_a_tensor_larger_than_its_storage_is_refused(refused: Callable) -> None:
     content = saved({"weight": torch.arange(91.0)})
     pickled = pickle.dumps(91, 2)[2:4]

@@ -78,6 +78,8 @@ def main(kind: str, work: Path) -> None:
                 '{"stage": 1}',
                 '{"share": "x"}',
                 '{"share": 7}',
+                '{"share": NaN}',
+                "[" * 60_000,
                 '{"stage": "\\u001b[2J"}',
                 '{"log": "\\u001b[2J hi", "level": "WARNING"}',
                 '{"log": "low", "level": "NONE"}',

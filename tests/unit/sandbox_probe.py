@@ -28,6 +28,14 @@ def connect(family: int, kind: int, address: object) -> None:
         stream.send(b"?")
 
 
+def fail_or_wait(end: str) -> None:
+    """After what takes longer than the parent needs to see it, or at once."""
+    if end == "fail":
+        raise ValueError("the reason")
+    if end == "wait":
+        time.sleep(600)
+
+
 def main(action: str, *arguments: str) -> None:
     match action:
         case "environment":
@@ -91,6 +99,21 @@ def main(action: str, *arguments: str) -> None:
         case "many files":
             for number in range(100_000):
                 Path(f"file{number}").write_bytes(bytes(1024**2))
+        case "many folders":
+            for number in range(int(arguments[0])):
+                Path(f"folder{number}").mkdir()
+            fail_or_wait(arguments[1])
+        case "nested folders":
+            for _ in range(int(arguments[0])):
+                os.mkdir("inner")
+                os.chdir("inner")
+            Path("file").touch()
+            fail_or_wait(arguments[1])
+        case "closed folders":
+            Path("closed/inner").mkdir(parents=True)
+            for path in ("closed/inner", "closed"):
+                Path(path).chmod(0)
+            fail_or_wait(arguments[0])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.subject import Subject
 from audit_plugin.policy import policy_from
-from audit_plugin.types import AuditReport, Failed, FitSplit, FloatArray, ImageArray, Measured, ModelRef, Verdict
+from audit_plugin.types import AuditReport, Failed, FitSplit, FloatArray, ImageArray, LabelArray, Measured, ModelRef, Verdict
 from tests.policies import FAST
 
 CLEAN, SUSPECTS = 60, 7
@@ -85,3 +86,18 @@ def test_a_check_that_breaks_on_the_suspects_has_failed_and_the_audit_goes_on(au
     assert [dict(suspect.scores) for suspect in report.suspects] == [{}] * SUSPECTS
     assert report.decision.verdict is Verdict.INCONCLUSIVE
     assert "layerwise" in report.decision.not_measured
+
+
+@pytest.mark.parametrize("message", ["a leaf is written to\nat some place", ""])
+def test_attention_maps_that_fail_are_left_out_and_end_no_audit(
+    audited, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(subject: Subject, images: ImageArray, classes: LabelArray) -> FloatArray:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(audit_module, "grad_cam", broken)
+    with caplog.at_level(logging.INFO, "audit_plugin.audit"):
+        report = audited(Brightness(unbearable=None))
+    assert report.examples is not None
+    assert report.examples.clean_attention is None
+    assert f"The report is without attention maps: {message.partition(chr(10))[0] or 'RuntimeError'}" in caplog.messages

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from audit_plugin import sandbox
-from audit_plugin.errors import IntakeError, SandboxError
+from audit_plugin.errors import IntakeError, SandboxError, SandboxLimitError
 from audit_plugin.intake import inspect
 from audit_plugin.model.unpickle import convert_pickle
-from audit_plugin.sandbox import Limits, run_isolated
+from audit_plugin.sandbox import Limits, leftovers, run_isolated
 from audit_plugin.types import Isolation
 
 PROBE = "tests.unit.sandbox_probe"
@@ -203,6 +203,47 @@ def test_limits_hold(folder: Path, action: str, limits: Limits, message: str) ->
     with pytest.raises(SandboxError, match=message):
         probe(folder, action, limits=limits)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * 1024 * MIB
+
+
+@pytest.mark.parametrize("end", ["wait", "fail", "stop"])
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (("many folders", 3_000), "more than 2000 files and folders"),
+        (("nested folders", 3_000), "nested folders more than 64 deep"),  # deeper than Python's stack, and than a path is long
+    ],
+)
+def test_folders_without_end_are_refused_and_removed(
+    folder: Path, action: tuple[object, ...], message: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "MOST_ENTRIES", 2_000)
+    with pytest.raises(SandboxLimitError, match=message):
+        probe(folder, *action, end)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_counted_is_refused_and_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:  # who may look into everything, so that nothing is hidden
+        monkeypatch.setattr(leftovers, "DEEPEST", 1)
+    with pytest.raises(SandboxLimitError, match=r"cannot be looked into|more than 1 deep"):
+        probe(folder, "closed folders", "stop")
+    assert not list(folder.iterdir())
+
+
+def test_a_working_folder_within_its_limits_keeps_what_the_child_wrote(folder: Path) -> None:
+    probe(folder, "nested folders", 60, "stop")
+    assert len(list(folder.rglob("*"))) == 61
+
+
+def test_what_is_removed_does_not_lead_outside(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (folder / "inner").mkdir()
+    for link in (folder / "link", folder / "inner" / "link"):
+        link.symlink_to(tmp_path / "kept")
+    leftovers.empty(folder)
+    assert not list(folder.iterdir())
+    assert (tmp_path / "kept" / "file").exists()
 
 
 def test_lines_reach_the_caller_and_a_flood_of_them_blocks_nobody(folder: Path) -> None:

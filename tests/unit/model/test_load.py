@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from audit_plugin.model.input_spec import open_shape, resolve_input_spec
 from audit_plugin.model.load import Network, load_network
 from audit_plugin.model.save import example_input
 from audit_plugin.model.subject import Subject, check_parity, prepare_subject
+from audit_plugin.model.torch_graph import plain_graph
 from audit_plugin.policy import ModelPolicy
 from audit_plugin.types import InputSpec, Intake
 
@@ -161,6 +164,51 @@ def test_gradients_reach_the_pixels_through_a_fixed_batch(load: Load) -> None:
     assert (pixels.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
 
 
+# ------------------------------------------------------------------------------------------------------ in-place
+
+
+class Normalising(nn.Module):
+    """Normalises its input, in place or not."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.in_place = in_place
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.sub_(0.45).div_(0.22) if self.in_place else (images - 0.45) / 0.22
+        return self.inner(values)
+
+
+class Overwriting(nn.Module):
+    """Answers with the input, after it was overwritten."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).relu_().mul_(2.0)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_a_model_that_normalises_in_place_does_not_change_the_pixels_it_is_given(load: Load, batch: int | None) -> None:
+    subject = subject_of(load(Normalising(in_place=True), batch=batch))
+    assert_same_answers(subject, Normalising(in_place=False), pictures(6))
+    module, pixels = subject.torch_module(), torch.rand(4, 3, SIZE, SIZE)
+    before = pixels.clone()
+    first, again = module(pixels)[-1], module(pixels)[-1]
+    torch.testing.assert_close(pixels, before, rtol=0, atol=0)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    module(pixels.requires_grad_())[-1].sum().backward()  # a leaf may not be written to
+    assert pixels.grad is not None
+
+
+def test_a_model_whose_answer_is_its_overwritten_input_still_answers_so(tmp_path: Path) -> None:
+    program = torch.export.export(Overwriting(), (torch.rand(4, 3, 2, 2),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    pixels = torch.randn(5, 3, 2, 2)
+    before = pixels.clone()
+    answer = plain_graph(program)(pixels)
+    torch.testing.assert_close(answer, before.flatten(1).relu() * 2, rtol=0, atol=0)
+    torch.testing.assert_close(pixels, before, rtol=0, atol=0)
+
+
 # --------------------------------------------------------------------------------------------------------- weights
 
 
@@ -204,6 +252,165 @@ def test_weights_that_are_not_finite_are_named(load: Load, kind: type[nn.Module]
         (module.head.weight if isinstance(module, Tiny) else module.matrix)[0, 0] = value
     with pytest.raises(SubjectError, match="NaN or infinite"):
         load(module)
+
+
+class Masked(nn.Module):
+    """Attention in which no place sees those after it: what it may not see has a score of minus infinity."""
+
+    def __init__(self, *, constant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 5)
+        mask = torch.full((16, 16), -torch.inf).triu(1)
+        if constant:
+            self.mask = mask
+        else:
+            self.register_buffer("mask", mask)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        seen = (tokens @ tokens.transpose(1, 2) + self.mask).softmax(dim=-1) @ tokens
+        return self.head((tokens + seen).mean(dim=1))
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["buffer", "constant"])
+def test_a_mask_of_infinity_is_no_broken_weight(load: Load, constant: bool) -> None:
+    assert_same_answers(subject_of(load(Masked(constant=constant))), Masked(), pictures(6))
+
+
+def save_onnx(folder: Path, nodes: list[onnx.NodeProto], **stored: np.ndarray) -> Path:
+    """A classifier that multiplies pixels with ``matrix``, and ends in ``nodes`` that make ``y`` of ``scores``."""
+    weights = {"matrix": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32), **stored}
+    first = [helper.make_node("Flatten", ["images"], ["flat"]), helper.make_node("MatMul", ["flat", "matrix"], ["scores"])]
+    graph = helper.make_graph(
+        [*first, *nodes],
+        "classifier",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3, 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+MASK = np.array([[-np.inf, 0, 0, 0, 0]], np.float32)
+HIDE = [
+    helper.make_node("Identity", ["mask"], ["hidden"]),
+    helper.make_node("Add", ["scores", "hidden"], ["masked"]),
+    helper.make_node("Softmax", ["masked"], ["y"]),
+]
+
+
+def test_a_mask_of_infinity_in_an_onnx_model_is_no_broken_weight(tmp_path: Path) -> None:
+    network = load_network(save_onnx(tmp_path, HIDE, mask=MASK), inspect(tmp_path))
+    assert network.class_count == 5
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stored"),
+    [
+        (HIDE, {"mask": MASK * np.float32(np.nan)}),
+        (HIDE, {"mask": MASK, "matrix": np.full((12, 5), np.inf, np.float32)}),
+        (
+            [helper.make_node("Identity", ["scale"], ["copy"]), helper.make_node("Div", ["scores", "copy"], ["y"])],
+            {"scale": np.array([np.inf, 1, 1, 1, 1], np.float32)},
+        ),
+    ],
+    ids=["NaN in a mask", "infinite matrix", "infinite divisor"],
+)
+def test_onnx_weights_that_are_not_finite_are_named(
+    tmp_path: Path, nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray]
+) -> None:
+    with pytest.raises(SubjectError, match="NaN or infinite"):
+        load_network(save_onnx(tmp_path, nodes, **stored), inspect(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------- devices and precision
+
+
+def exported_on(device: str, module: nn.Module, path: Path) -> Path:
+    """The file that an export on this device writes, made without having one."""
+    save_program(module, path)
+    kind, _, index = device.partition(":")
+
+    def rewritten(content: bytes, change: Callable[[str, bytes], bytes]) -> bytes:
+        target = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
+            for name in old.namelist():
+                new.writestr(zipfile.ZipInfo(name), change(name, old.read(name)))
+        return target.getvalue()
+
+    def moved(name: str, content: bytes) -> bytes:
+        if name.endswith("sample_inputs/model.pt"):
+            return rewritten(content, moved)
+        if name.endswith("data.pkl"):
+            return content.replace(b"X\x03\x00\x00\x00cpu", b"X" + len(device).to_bytes(4, "little") + device.encode())
+        own = f'"type": "{kind}", "index": {index or "null"}'.encode()
+        return content.replace(b'"type": "cpu", "index": null', own) if name.endswith(".json") else content
+
+    path.write_bytes(rewritten(path.read_bytes(), moved))
+    return path
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:3", "mps"])
+def test_a_program_that_was_exported_on_a_gpu_is_loaded_onto_the_cpu(tmp_path: Path, device: str) -> None:
+    class Placing(Tiny):
+        """Says where something lies in the graph, too, and not only in its weights."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) + torch.zeros(5, device=images.device) + torch.ones(5).to(images.device)
+
+    path = exported_on(device, Placing(), tmp_path / "model.pt2")
+    content = path.read_bytes()
+    assert b'"cpu"' not in content
+    network = load_network(path, inspect(tmp_path))
+    assert {value.device.type for value in network.program.state_dict().values()} == {"cpu"}
+    assert_same_answers(subject_of(network), Placing(), pictures(3))
+    assert path.read_bytes() == content
+
+
+class Converted(nn.Module):
+    """Answers in another type of numbers."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.inner = Tiny()
+        self.kind = kind
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images).to(self.kind)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_program_that_takes_images_in_another_precision_is_told_the_way_out(tmp_path: Path, kind: torch.dtype) -> None:
+    example = torch.rand(4, 3, SIZE, SIZE, dtype=kind)
+    torch.export.save(torch.export.export(Tiny().to(kind).eval(), (example,)), tmp_path / "model.pt2")
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(SubjectError, match=rf"takes images in {name}, and only float32 can be audited\. Call model\.float\(\)"):
+        load_network(tmp_path / "model.pt2", inspect(tmp_path))
+
+
+class Casting(nn.Module):
+    """Computes in bfloat16 what it takes and answers in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tiny()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(images).float()
+
+
+@pytest.mark.parametrize("module", [Converted(torch.bfloat16), Casting()], ids=["answer", "autocast"])
+def test_a_program_that_computes_in_a_precision_that_no_array_has_is_told_the_way_out(load: Load, module: nn.Module) -> None:
+    with pytest.raises(SubjectError, match=r"computes in bfloat16, and only float32 can be audited\. Call model\.float\(\)"):
+        load(module)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_a_program_that_answers_in_another_precision_is_audited(load: Load, kind: torch.dtype) -> None:
+    assert_same_answers(subject_of(load(Converted(kind))), Converted(kind), pictures(3))
 
 
 # --------------------------------------------------------------------------------------------------------- shapes
@@ -462,8 +669,16 @@ def test_state_dict_with_its_architecture_loads(resnet: tuple[nn.Module, Path]) 
     [
         (IMAGE, "architecture"),
         ({"architecture": "resnet81", **IMAGE}, "Did you mean 'resnet18'"),
-        ({"architecture": "vgg11", **IMAGE}, "does not fit torchvision's vgg11"),
-        ({"architecture": "resnet18", "classes": ("cat", "dog"), **IMAGE}, "with 2 classes"),
+        (
+            {"architecture": "vgg11", **IMAGE},
+            r"does not fit torchvision's vgg11 with 7 classes: 22 missing \('features.0.weight', 'features.0.bias', "
+            r"'features.3.weight', \.\.\.\); 122 unknown \('conv1.weight', .*Check \[model\] architecture and classes",
+        ),
+        (
+            {"architecture": "resnet18", "classes": ("cat", "dog"), **IMAGE},
+            r"with 2 classes: 2 of another shape \('fc.weight' has \(7, 512\) instead of \(2, 512\), 'fc.bias' has \(7,\) "
+            r"instead of \(2,\)\)\. Check",
+        ),
         ({"architecture": "resnet18"}, "height, width and channels"),
         ({"architecture": "resnet18", **IMAGE, "channels": 1}, r"resnet18 does not take images of shape \(1, 32, 32\)"),
     ],
@@ -472,6 +687,37 @@ def test_state_dict_that_lacks_something_says_what(resnet: tuple[nn.Module, Path
     with pytest.raises(AuditError, match=words) as caught:
         load_weights(resnet[1], **policy)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [None, ("cat", "dog")])
+@pytest.mark.parametrize("key", ["state_dict", "model", 7])
+def test_a_checkpoint_around_a_state_dict_is_recognised(
+    resnet: tuple[nn.Module, Path], key: str | int, classes: tuple[str, ...] | None
+) -> None:
+    module, folder = resnet
+    torch.save({"epoch": 3, "optimizer": {"state": {}}, key: module.state_dict()}, folder / "weights.pth")
+    with pytest.raises(SubjectError, match=rf"a whole checkpoint.*Save them alone: torch\.save\(checkpoint\[{key!r}\], path\)"):
+        load_weights(folder, architecture="resnet18", classes=classes, **IMAGE)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module.model."])
+def test_names_that_all_begin_alike_are_recognised_as_those_of_a_wrapped_model(
+    resnet: tuple[nn.Module, Path], prefix: str
+) -> None:
+    module, folder = resnet
+    torch.save({prefix + name: value for name, value in module.state_dict().items()}, folder / "weights.pth")
+    with pytest.raises(SubjectError, match=f"All names begin with '{prefix}'.*Save the state_dict of the model inside"):
+        load_weights(folder, architecture="resnet18", **IMAGE)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 1001, 2**30])
+def test_a_last_layer_of_no_number_of_classes_is_refused_before_a_network_is_made(
+    tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.models, "get_model", pytest.fail)
+    torch.save({"fc.weight": torch.zeros(1).expand(rows, 2)}, tmp_path / "weights.pth")
+    with pytest.raises(SubjectError, match=f"has {rows} rows, and a classifier has 2 to 1000 classes"):
+        load_weights(tmp_path, architecture="resnet18", **IMAGE)
 
 
 def test_state_dict_whose_keys_are_no_text_is_refused(tmp_path: Path) -> None:

@@ -507,6 +507,14 @@ def test_weights_are_parameters_and_what_was_not_trained_by_gradient_is_a_buffer
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
+def test_a_mask_of_infinity_is_no_parameter() -> None:
+    """Noise in proportion to it, or a step of training, would make it NaN."""
+    mask = np.where(np.arange(IMAGE.shape[-1]) < 2, 0.0, -np.inf).astype(np.float32)
+    module = OnnxModule(copy.deepcopy(Case("Add", [IMAGE, mask]).model()), ["o0"])
+    assert [name.split("_", 1)[1] for name, _ in module.named_buffers()] == ["i1"]
+    assert not list(module.parameters())
+
+
 def test_normalisation_of_the_image_is_no_parameter() -> None:
     model = exported("plain", "dynamo-18")
     exposed = expose(model, (), InputSpec(16, 16, 3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
