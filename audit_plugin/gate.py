@@ -233,9 +233,9 @@ def _waiver_in_force(
             return None
         until = datetime.datetime.fromisoformat(waiver.facts["until"])
         longest = waiver.created + datetime.timedelta(days=requirements.gate.maximum_waiver_days) + _CLOCK_TOLERANCE
-    except (AttestationError, KeyError, TypeError, ValueError):
+        in_time = until.tzinfo is not None and waiver.created - _CLOCK_TOLERANCE <= now < until <= longest
+    except (AttestationError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    in_time = until.tzinfo is not None and waiver.created - _CLOCK_TOLERANCE <= now < until <= longest
     return waiver if in_time and digest in (None, waiver.digest) else None
 
 

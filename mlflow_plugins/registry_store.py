@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ from audit_plugin.gate import (
 )
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.policy import POLICY_VARIABLE
-from audit_plugin.registry import facts_of
+from audit_plugin.registry import check_remote, facts_of, redacted
+from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.prompts import is_prompt
 
@@ -51,6 +53,7 @@ log = logging.getLogger(__name__)
 
 _HASHING = threading.BoundedSemaphore(2)  # any client can ask for a hash, which takes the disk for seconds
 _LONGEST_WAIT_SECONDS = 30
+_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ class PromotionGate(SqlAlchemyStore):
         if not standing.allowed:
             raise _denied(refusal(facts, standing, place))
         if standing.reasons and standing.waiver is not None:
-            by, until, reason = (standing.waiver.facts.get(key) for key in ("by", "until", "reason"))
-            log.warning("%s gets %s by a waiver of %s until %s: %s", facts.uri, place, by, until, reason)
+            by, until, reason = (clean_text(standing.waiver.facts.get(key)) for key in ("by", "until", "reason"))
+            log.warning("%s gets %s by a waiver of %s until %s: %s", clean_text(facts.uri), place, by, until, reason)
         return _Seen(facts, location)
 
     def _check_unchanged(self, session: Any, seen: _Seen) -> None:
@@ -152,7 +155,8 @@ class PromotionGate(SqlAlchemyStore):
         row = self._locked_version(session, seen.version.name, seen.version.version)
         now = facts_of(row.to_mlflow_entity())
         statements = [[facts.tags.get(tag) for tag in TAG_OF.values()] for facts in (seen.version, now)]
-        if now.created != seen.version.created or row.storage_location != seen.location or statements[0] != statements[1]:
+        location = row.storage_location or row.source  # an MLflow that kept no location left it empty
+        if now.created != seen.version.created or location != seen.location or statements[0] != statements[1]:
             raise _denied(f"{seen.version.uri} was changed while its files were compared with the audit. Try again.")
 
     def _check_rename(self, session: Any, name: str) -> None:
@@ -236,7 +240,8 @@ class WorkspacePromotionGate(PromotionGate, WorkspaceAwareSqlAlchemyStore):
 def refusal(version: VersionFacts, standing: Standing, place: str) -> str:
     """One line: what was refused, why, and which command helps."""
     reasons = " ".join(reason.message for reason in standing.reasons)
-    return f"{version.uri} may not get {place}. {reasons} Run: backdoor-audit gate {version.uri} --clean IMAGES"
+    uri = clean_text(version.uri)  # whoever named the model wrote a part of the command
+    return f"{uri} may not get {place}. {reasons} Run: backdoor-audit gate {shlex.quote(uri)} --clean IMAGES"
 
 
 def artifact_digest(location: str) -> str:
@@ -245,8 +250,8 @@ def artifact_digest(location: str) -> str:
     A server that keeps the artifacts itself reads them where they are, others are fetched into a folder that is deleted again.
 
     Raises:
-        AuditError: links lie among the files, there are none, or this server hashes enough others just now.
-        OSError, MlflowException: they cannot be read.
+        AuditError: links lie among the files, there are none, or too many, or this server hashes enough others just now.
+        Exception: they cannot be read; artifact stores raise what they like.
     """
     location = behind_the_proxy(location)
     if not _HASHING.acquire(timeout=_LONGEST_WAIT_SECONDS):
@@ -254,10 +259,17 @@ def artifact_digest(location: str) -> str:
     try:
         if urlparse(location).scheme in ("", "file"):
             return _digest_of_folder(Path(local_file_uri_to_path(location)))
+        check_remote(location)
         with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
             return _digest_of_folder(Path(get_artifact_repository(location).download_artifacts("", temporary)))
     finally:
         _HASHING.release()
+
+
+def why_unreadable(error: Exception) -> str:
+    """What :func:`artifact_digest` raised, in one harmless line; the kind of an error that no MLflow raises says the most."""
+    known = isinstance(error, AuditError | OSError | MlflowException)
+    return clean_text(redacted(str(error) if known else f"{type(error).__name__}: {error}"), _LONGEST_REASON)
 
 
 def behind_the_proxy(location: str) -> str:
@@ -291,7 +303,7 @@ def _digest_of_folder(folder: Path) -> str:
 def _unsealed(tags: list[Any] | None, name: str) -> list[Any]:
     kept = [tag for tag in tags or [] if not is_sealed(tag.key)]
     if left := len(tags or []) - len(kept):
-        log.info("%d audit tags were left out of a new entry of '%s': it has to earn its own verdict.", left, name)
+        log.info("%d audit tags were left out of a new entry of '%s': it has to earn its own verdict.", left, clean_text(name))
     return kept
 
 
@@ -308,9 +320,12 @@ def _reading_artifacts(uri: str) -> Iterator[None]:
     """Whatever keeps the files from being hashed keeps the version from being promoted."""
     try:
         yield
-    except (AuditError, OSError, MlflowException, RecursionError) as error:
-        raise _denied(f"{uri} may not be promoted: its files cannot be compared with the audit. {error}") from error
+    except Exception as error:  # each artifact store has errors of its own
+        log.debug("The files of %s could not be hashed.", clean_text(uri), exc_info=True)
+        reason = why_unreadable(error)
+        raise _denied(f"{uri} may not be promoted: its files cannot be compared with the audit. {reason}") from error
 
 
 def _denied(message: str) -> MlflowException:
-    return MlflowException(message, error_code=PERMISSION_DENIED)
+    """Names, tags and statements in the message belong to whoever wrote them."""
+    return MlflowException(clean_text(message, None), error_code=PERMISSION_DENIED)

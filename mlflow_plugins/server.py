@@ -40,6 +40,7 @@ from audit_plugin.gate import Requirements, held_statement, standing_of
 from audit_plugin.policy import POLICY_VARIABLE
 from audit_plugin.registry import EXPERIMENT, facts_of
 from audit_plugin.report.html import report_environment
+from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.overview import (
     EXPIRED,
@@ -57,7 +58,7 @@ from mlflow_plugins.overview import (
     view_of,
 )
 from mlflow_plugins.prompts import CALLED_PROMPT, is_prompt
-from mlflow_plugins.registry_store import artifact_digest, behind_the_proxy
+from mlflow_plugins.registry_store import artifact_digest, behind_the_proxy, why_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +303,8 @@ def _small_file(place: str, path: str) -> bytes | None:
             return None
         with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
             return Path(repository.download_artifacts(path, temporary)).read_bytes()
-    except (AuditError, OSError, MlflowException):
+    except Exception:  # each artifact store has errors of its own
+        log.debug("A picture could not be read.", exc_info=True)
         return None
 
 
@@ -447,7 +449,7 @@ def audit_page(requirements: Requirements | str, *, guarded: bool) -> Blueprint:
 
     @page.errorhandler(MlflowException)
     def failed(error: MlflowException) -> Response:
-        log.error("The audit page could not be made: %s", error)
+        log.error("The audit page could not be made: %s", clean_text(error, 1000))
         return _html("message.html.jinja", 500, title="MLflow could not answer", message=error.message)
 
     return page
@@ -457,7 +459,10 @@ def _is_own_request(site: str | None, origin: str | None, hosts: Collection[str]
     """Whether no page of another site sent it: that could set none of these headers. Plain HTTP has no Sec-Fetch-Site."""
     if site is not None:
         return site == "same-origin"
-    return origin is None or urlsplit(origin).netloc in hosts
+    try:
+        return origin is None or urlsplit(origin).netloc in hosts
+    except ValueError:  # no address, such as 'http://['
+        return False
 
 
 def _compare(version: ModelVersion, requirements: Requirements) -> dict[str, Any]:
@@ -466,8 +471,10 @@ def _compare(version: ModelVersion, requirements: Requirements) -> dict[str, Any
     location = _get_model_registry_store().get_model_version_download_uri(version.name, str(version.version))
     try:
         digest = artifact_digest(location)
-    except (AuditError, OSError, MlflowException, RecursionError) as error:
-        return {"result": "unreadable", "message": f"The files cannot be compared with the audit. {error}", "digest": None}
+    except Exception as error:  # each artifact store has errors of its own
+        log.debug("The files of %s could not be hashed.", clean_text(facts.uri), exc_info=True)
+        message = f"The files cannot be compared with the audit. {why_unreadable(error)}"
+        return {"result": "unreadable", "message": message, "digest": None}
     standing = standing_of(facts, requirements, digest=digest)
     if standing.attestation is None:
         message, result = "There is no valid signed audit to compare the files with.", "no audit"

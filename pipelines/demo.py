@@ -47,13 +47,14 @@ def prepare_demo(folder: Path, say: Callable[[str], None], tracking_uri: str | N
     data = digits(seed=_SEED)
     clean_images = folder / "clean.npz"
     np.savez_compressed(clean_images, images=data.test.images, labels=data.test.labels)
-    if tracking_uri is None:
-        tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
-        mlflow.set_tracking_uri(tracking_uri)
+    is_our_own = tracking_uri is None
+    tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)  # else MLFLOW_REGISTRY_URI leads the demo's models into the user's own registry
+    if is_our_own:
         for experiment in ("digits", EXPERIMENT):
             if mlflow.get_experiment_by_name(experiment) is None:
                 mlflow.create_experiment(experiment, artifact_location=(folder / "artifacts" / experiment).as_uri())
-    mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_experiment("digits")
     poisoned = data._replace(train=ATTACK.poison(data.train, np.random.default_rng(_SEED)))
     uris = []

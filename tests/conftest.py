@@ -100,11 +100,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @contextmanager
 def state_kept() -> Iterator[None]:
-    """Puts back what a run of the command line changes in this process: MLflow's tracking URI and experiment, logging."""
+    """Puts back what a run of the command line changes in this process: MLflow's addresses and experiment, logging."""
     import mlflow
     from mlflow.tracking import fluent
+    from mlflow.tracking._model_registry import utils as registry_addresses
 
-    uri = mlflow.tracking._tracking_service.utils._tracking_uri
+    uri, registry_uri = mlflow.tracking._tracking_service.utils._tracking_uri, registry_addresses._registry_uri
     experiment = fluent._active_experiment_id
     environment = dict(os.environ)
     loggers = [
@@ -117,6 +118,7 @@ def state_kept() -> Iterator[None]:
             yield
     finally:
         mlflow.set_tracking_uri(uri)
+        registry_addresses._registry_uri = registry_uri
         fluent._active_experiment_id = experiment
         os.environ.clear()
         os.environ.update(environment)

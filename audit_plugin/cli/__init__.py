@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -25,6 +26,7 @@ from audit_plugin.cli.console import (
     LONGEST_MESSAGE,
     complain,
     configure_logging,
+    outlive_readers,
     stdout,
 )
 from audit_plugin.cli.demonstrating import demo
@@ -93,7 +95,27 @@ def main() -> None:
     """Entry point: one clear line and the right exit code for everything that can go wrong."""
     # Read when torch is first imported. Threads that spin while they wait made an audit ten times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    outlive_readers()
+    _take_sigterm_for_ctrl_c()
     sys.exit(_main(sys.argv[1:]))
+
+
+def _take_sigterm_for_ctrl_c() -> None:
+    """SIGTERM ends a command in order, so that no copy of a private model is left behind.
+
+    It may come twice, as `timeout` sends it: once the end has begun, it disturbs no more. Commands with handlers of their own put
+    them in place of this one.
+    """
+    is_ending = False
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal is_ending
+        if not is_ending:
+            is_ending = True
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # who started this may have it ignored
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -113,6 +135,12 @@ def _main(arguments: Sequence[str]) -> int:
         return EXIT_ERROR
     except (KeyboardInterrupt, typer.Abort):
         code = _TYPER_INTERRUPTED
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        # Another pipe than standard output's, for which typer takes it and ends with the code of a failed audit.
+        complain(str(ended.__context__.strerror))
+        return EXIT_ERROR
     except OSError as error:
         complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
         return EXIT_ERROR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import io
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -34,6 +35,39 @@ FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
 _log = logging.getLogger(__name__)
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False)
+
+
+class _PatientFile(io.FileIO):
+    """A standard stream: once nobody reads it any more, what is written goes nowhere."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(content)
+
+
+def outlive_readers() -> None:
+    """From now on this process goes on when whoever reads its output leaves, as ``head -1`` does.
+
+    Rich, typer and Python itself would each end it, and with an exit code that says that an audit failed.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue  # closed by the caller, or replaced in this process
+        file = _PatientFile(stream.fileno(), "w", closefd=False)
+        patient = io.TextIOWrapper(
+            file if stream.write_through else io.BufferedWriter(file),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, patient)
 
 
 class LogChoice(enum.StrEnum):

@@ -15,7 +15,7 @@ from audit_plugin.registry.connection import (
     registry_of,
     run_page,
 )
-from audit_plugin.registry.pinning import PinnedModel, fetch_images, pin
+from audit_plugin.registry.pinning import PinnedModel, check_remote, fetch_images, pin, remote_files
 from audit_plugin.registry.registering import GUARD_OF_TAG, REPAIRED_FROM_TAG, register_guard, register_repaired
 from audit_plugin.registry.reports import ATTESTATION_FILE, VERDICT_TAG, LoggedReport, fetch_report_files, log_report, metrics_of
 from audit_plugin.registry.versions import facts_of, promote, put_statement, registered_version, statement_on, version_facts
@@ -28,6 +28,7 @@ __all__ = [
     "VERDICT_TAG",
     "LoggedReport",
     "PinnedModel",
+    "check_remote",
     "check_server",
     "check_writing",
     "describe_tracking",
@@ -44,6 +45,7 @@ __all__ = [
     "register_repaired",
     "registered_version",
     "registry_of",
+    "remote_files",
     "run_page",
     "statement_on",
     "version_facts",

@@ -12,10 +12,15 @@ from urllib.parse import urlparse
 import mlflow
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.artifact_utils import _get_root_uri_and_artifact_path
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from audit_plugin.errors import RegistryError, UsageError
+from audit_plugin.intake.files import Tally, check_limits
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.registry.connection import check_server, known_models, redacted, registry_of, teaching
 from audit_plugin.registry.versions import registered_version
@@ -45,6 +50,7 @@ def pin(uri: str, destination: Path) -> PinnedModel:
 
     Raises:
         RegistryError: nothing is there, or the tracking server does not answer.
+        IntakeError: there is more than an audit would take; nothing was copied.
         UsageError: the URI has no form that is known.
     """
     folder = destination / "model"
@@ -72,10 +78,12 @@ def fetch_images(source: str, destination: Path) -> Path:
 
 def _pin_local(path: Path, uri: str, folder: Path) -> PinnedModel:
     if path.is_dir():
+        check_limits(path)
         shutil.copytree(path, folder, symlinks=True)
     elif path.is_file():
         if path.suffix.lower() not in _MODEL_FILES:
             raise UsageError(f"'{path}' is no model file; expected one of {', '.join(_MODEL_FILES)}, or an MLflow model folder.")
+        check_limits(path)
         folder.mkdir(parents=True)
         shutil.copy(path, folder / path.name)
     else:
@@ -172,10 +180,64 @@ def _name_and_version(uri: str) -> tuple[str, str, str]:
 
 
 def download(location: str, folder: Path) -> Path:
-    """A private copy of an artifact folder. MLflow follows links on a local disk; here they stay links, which intake refuses."""
+    """A private copy of an artifact folder. MLflow follows links on a local disk; here they stay links, which intake refuses.
+
+    Raises:
+        IntakeError: there is more than an audit would take; nothing was copied.
+    """
     parsed = urlparse(location)
     if parsed.scheme in ("", "file"):
-        shutil.copytree(local_file_uri_to_path(location), folder, symlinks=True)
+        source = Path(local_file_uri_to_path(location))
+        check_limits(source)
+        shutil.copytree(source, folder, symlinks=True)
         return folder
+    check_remote(location)
     folder.mkdir(parents=True)
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(folder)))
+
+
+def check_remote(location: str) -> None:
+    """That MLflow may fetch what an artifact store has at a location.
+
+    Raises:
+        IntakeError: it is more than an audit would take.
+    """
+    for place in _places_behind(location):
+        root, path = _get_root_uri_and_artifact_path(place)  # as MLflow's own download reads it
+        repository = get_artifact_repository(root)
+        if not remote_files(repository, path):  # one file, or nothing
+            for entry in repository.list_artifacts(None):
+                if entry.path == path and not entry.is_dir:
+                    Tally().add_file(path, entry.file_size or 0)
+
+
+def _places_behind(location: str) -> list[str]:
+    """Where MLflow fetches from. For a run it puts together the run's own artifacts and the model that the run logged so."""
+    if not location.startswith("runs:/"):
+        return [location]
+    run_id, _, path = location.removeprefix("runs:/").partition("/")
+    name, _, rest = path.partition("/")
+    logged = _model_of_run(MlflowClient(), run_id, name) if name else None
+    own = RunsArtifactRepository.get_underlying_uri(location)
+    return [own] if logged is None else [own, f"{logged.artifact_location}/{rest}".rstrip("/")]
+
+
+def remote_files(repository: ArtifactRepository, folder: str = "") -> dict[str, int]:
+    """Size in bytes of every file below a folder of an artifact store, by its path there; 0 where the store does not tell.
+
+    Raises:
+        IntakeError: they are more, larger or deeper than an audit would take; then the rest is not asked for.
+    """
+    tally, sizes, waiting = Tally(), dict[str, int](), [(folder, 0)]
+    while waiting:
+        place, depth = waiting.pop()
+        tally.add_folder(place, depth)
+        for entry in repository.list_artifacts(place or None):
+            if entry.path in (".", place):  # some stores list a folder in itself
+                continue
+            if entry.is_dir:
+                waiting.append((entry.path, depth + 1))
+            else:
+                sizes[entry.path] = entry.file_size or 0
+                tally.add_file(entry.path, sizes[entry.path])
+    return sizes

@@ -6,7 +6,6 @@ import logging
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlparse
 
@@ -21,12 +20,11 @@ from mlflow.utils.rest_utils import http_request
 
 from audit_plugin.errors import RegistryError
 from audit_plugin.manifest import digest_of, manifest_of
-from audit_plugin.registry import registry_of
+from audit_plugin.registry import registry_of, remote_files
 from audit_plugin.types import FileEntry
 
 log = logging.getLogger(__name__)
 
-_DEEPEST = 32
 _ROUTE = "/backdoor-audit/compare"
 _MOST_REFUSALS = 3  # in a row; then the server is not asked again
 _LONGEST_WAIT_SECONDS = 120
@@ -48,15 +46,21 @@ class Digests:
         """``sha256:<hex>`` of a version's files.
 
         Args:
-            source: of the version, as the registry names it.
+            source: of the version, as the registry names it. Where that is another model (``models:/m-...``), the registry is
+                asked where its files are.
 
         Raises:
             RegistryError: there are no files.
+            IntakeError: there are more than an audit would take.
             MlflowException, OSError: they cannot be read.
         """
-        passes_through_server = urlparse(source).scheme == "mlflow-artifacts"
+        location = self._location(name, version) if urlparse(source).scheme == "models" else None
+        passes_through_server = urlparse(location or source).scheme == "mlflow-artifacts"
         said = self._from_server(name, version) if passes_through_server else None
-        return said or self._fetched(name, version)
+        return said or self._fetched(name, version, location or self._location(name, version))
+
+    def _location(self, name: str, version: str) -> str:
+        return str(registry_of(self._client).get_model_version_download_uri(name, version))
 
     def _from_server(self, name: str, version: str) -> str | None:
         """None where the server has no such page, or does not say."""
@@ -85,8 +89,7 @@ class Digests:
             self._refusals = 0 if is_digest else self._refusals + 1
             return digest if is_digest else None
 
-    def _fetched(self, name: str, version: str) -> str:
-        location = registry_of(self._client).get_model_version_download_uri(name, version)
+    def _fetched(self, name: str, version: str, location: str) -> str:
         if urlparse(location).scheme in ("", "file"):
             manifest = manifest_of(Path(local_file_uri_to_path(location)))
         else:
@@ -101,18 +104,8 @@ def _remote_manifest(repository: ArtifactRepository) -> tuple[FileEntry, ...]:
     with tempfile.TemporaryDirectory(prefix="backdoor-audit-") as temporary:
         folder = Path(temporary)
         # Each file under a name of ours: theirs come from whoever made the model.
-        for path in sorted(_files(repository), key=PurePosixPath):
+        for path in sorted(remote_files(repository), key=PurePosixPath):
             repository._download_file(path, str(folder / "file"))
             (entry,) = manifest_of(folder)
             entries.append(FileEntry(PurePosixPath(path).as_posix(), entry.size, entry.sha256))
     return tuple(entries)
-
-
-def _files(repository: ArtifactRepository, folder: str | None = None, depth: int = 0) -> Iterator[str]:
-    if depth > _DEEPEST:
-        raise RegistryError(f"Its folders lie more than {_DEEPEST} deep.")
-    for entry in repository.list_artifacts(folder):
-        if entry.is_dir:
-            yield from _files(repository, entry.path, depth + 1)
-        else:
-            yield entry.path

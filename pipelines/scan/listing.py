@@ -56,7 +56,7 @@ class Scope:
         """The time before which a version is too old.
 
         Raises:
-            UsageError: ``since`` is neither a duration nor a date.
+            UsageError: ``since`` is neither a duration nor a date, or is a date to come.
         """
         if self.since is None:
             return None
@@ -69,7 +69,13 @@ class Scope:
                 f"'{clean_text(self.since, 40)}' is no time to scan from. Give a duration such as 12h, 7d or 2w, or a date such "
                 "as 2026-01-31."
             ) from error
-        return begin if begin.tzinfo else begin.replace(tzinfo=datetime.UTC)
+        begin = begin if begin.tzinfo else begin.replace(tzinfo=datetime.UTC)
+        if begin > now:
+            raise UsageError(
+                f"'{clean_text(self.since, 40)}' is yet to come (dates are in UTC), so no version can be in scope. Give an "
+                "earlier date, or a duration such as 7d."
+            )
+        return begin
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,12 @@ def test_a_real_server_hashes_what_is_there_now(start_server, keeping_state, tmp
         registry = ScannedRegistry(tmp_path, address)
         version = registry.add("digits & co?#")
         posing = registry.add("digits")
+        files = registry.files_of(posing)
+        over_http = MlflowClient(address, address)
+        logged = over_http.create_logged_model(over_http.create_experiment("models"))
+        over_http.log_model_artifacts(logged.model_id, str(files))
+        over_http.finalize_logged_model(logged.model_id, "READY")
+        usual = over_http.create_model_version("digits & co?#", f"models:/{logged.model_id}", model_id=logged.model_id)
         registry.client.set_model_version_tag("digits", posing.version, "mlflow.prompt.is_prompt", "true")
         digests = Digests(MlflowClient(address, address))
 
@@ -29,6 +35,9 @@ def test_a_real_server_hashes_what_is_there_now(start_server, keeping_state, tmp
 
         assert hashed(version) == digest_of(manifest_of(registry.files_of(version)))
         assert asked() == (1, 0)
+        assert usual.source == f"models:/{logged.model_id}"
+        assert hashed(usual) == digest_of(manifest_of(files))
+        assert asked() == (2, 0)
         before = hashed(version)
         (registry.files_of(version) / "MLmodel").write_text("other")
         assert hashed(version) == digest_of(manifest_of(registry.files_of(version))) != before

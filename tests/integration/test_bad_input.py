@@ -340,10 +340,13 @@ def test_output_that_cannot_be_written_is_said_before_the_audit(
     assert _runs() == before
 
 
-# ------------------------------------------------------------------------------------------------------- Ctrl-C
+# ---------------------------------------------------------------------------------------------- Ctrl-C and SIGTERM
 
 
-def test_ctrl_c_during_the_search_leaves_nothing_behind(demo: Demo, tracking: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+def test_a_signal_during_the_search_leaves_nothing_behind(
+    demo: Demo, tracking: str, tmp_path: Path, sent: signal.Signals
+) -> None:
     before = _runs()
     output, temporary = tmp_path / "report", tmp_path / "temporary"
     temporary.mkdir()
@@ -358,7 +361,7 @@ def test_ctrl_c_during_the_search_leaves_nothing_behind(demo: Demo, tracking: st
             assert process.poll() is None, (tmp_path / "stderr").read_text()
             time.sleep(0.1)
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         stdout, _ = process.communicate(timeout=20)
     finished = subprocess.CompletedProcess(command, process.returncode, stdout, (tmp_path / "stderr").read_text())
     assert finished.returncode == ERROR

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import logging
+import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +19,9 @@ import pytest
 
 from audit_plugin import cli as command_line
 from audit_plugin import publishing, registry, sandbox
-from audit_plugin.cli import auditing, console, demonstrating
+from audit_plugin.attestation import SIGNING_KEY, generate_keys
+from audit_plugin.cli import auditing, console, demonstrating, gating
+from tests.audited_registry import AuditedRegistry
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -53,6 +59,14 @@ def test_gate_has_no_tables_of_suspect_inputs(cli: Cli, tmp_path: Path, name: st
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("days", ["0", "nan"])
+def test_a_waiver_of_no_time_is_a_mistake(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: str) -> None:
+    monkeypatch.setenv(SIGNING_KEY, str(generate_keys(tmp_path)[0]))
+    refused = cli("waive", "models:/digits/1", "--by", "Ada", "--reason", "x", "--days", days)
+    assert refused.returncode == 4
+    assert "--days must be positive" in refused.stderr
+
+
 def test_version_is_that_of_the_installed_package(cli: Cli) -> None:
     done = cli("--version")
     assert (done.returncode, done.stdout) == (0, f"mlflow-backdoor-audit {importlib.metadata.version('mlflow-backdoor-audit')}\n")
@@ -79,7 +93,13 @@ def test_doctor_shows_the_tracking_uri_as_it_is_but_for_its_credentials(
     assert "secret" not in shown
 
 
-def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "the user has a registry of its own"])
+def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    if elsewhere:
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
     prepared = SimpleNamespace(
         tracking_uri="sqlite:////my demo/mlflow.db", model_uris=("models:/digits/1",), clean_images="/my demo/clean.npz"
     )
@@ -94,6 +114,7 @@ def test_demo_says_how_to_repeat_an_audit_in_a_folder_with_a_space(cli: Cli, mon
     finished = cli("demo")
     assert shlex.split(commands[0]) == [
         "MLFLOW_TRACKING_URI=sqlite:////my demo/mlflow.db",
+        *(["MLFLOW_REGISTRY_URI=sqlite:////my demo/mlflow.db"] if elsewhere else []),
         *("backdoor-audit", "run", "models:/digits/1", "--clean", "/my demo/clean.npz"),
     ]
     assert finished.stderr.strip() == "error: Interrupted."
@@ -132,3 +153,146 @@ def test_a_quick_audit_of_a_registered_model_is_logged_only_if_asked(
     monkeypatch.setattr(publishing, "publish", lambda report, suite: published.append(report))
     auditing.audit_and_publish("models:/digits/3", "clean.npz", log=console.LogChoice(log), quick=quick)
     assert published == (["the report"] if logged else [])
+
+
+# ------------------------------------------------------------------------------------------- readers who do not stay
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> AuditedRegistry:
+    """'digits', whose first version passed its audit and whose second has none; the files lie on this disk."""
+    made = AuditedRegistry(tmp_path_factory.mktemp("audited"))
+    files = made.folder / "artifacts" / "models" / hashlib.sha256(b"digits").hexdigest()[:12]
+    for number, verdict in enumerate(("pass", None), start=1):
+        made.add("digits", verdict, source=str(files / str(number)))
+    return made
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["verify", "models:/digits/1"], 0),
+        (["verify", "models:/digits/2", "--format", "json"], 3),
+        (["gate", "models:/digits/1", "--promote", "champion"], 0),
+        (["gate", "models:/digits/1", "--promote", "champion", "--format", "json"], 0),
+        (["policy", "check", "--policy", os.devnull], 0),
+        (["--help"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_whoever_stops_reading_changes_neither_the_exit_code_nor_what_is_done(
+    unread: int, audited: AuditedRegistry, arguments: list[str], code: int, both: bool
+) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "audit_plugin.cli", *arguments],
+        env=os.environ | audited.environment | {"MLFLOW_TRACKING_URI": audited.database, "MLFLOW_REGISTRY_URI": audited.database},
+        stdout=unread,
+        stderr=unread if both else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == code, finished.stderr
+    assert both or not {"Traceback", "Exception", "BrokenPipeError", "error:"} & set(finished.stderr.split())
+    if "--promote" in arguments:
+        assert audited.client.get_registered_model("digits").aliases == {"champion": 1}
+        audited.client.delete_registered_model_alias("digits", "champion")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_nobody_reads_goes_nowhere_however_much_it_is(unread: int, unbuffered: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from audit_plugin.cli.console import outlive_readers, stderr, stdout
+outlive_readers()
+for _ in range(3):
+    sys.stdout.write("x" * 300_000)
+    stdout.print("y" * 300_000)
+    print("z", flush=True)
+    stderr.print("y" * 300_000)
+open({str(tmp_path / "done")!r}, "x").close()
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, stdout=unread, stderr=unread, check=False
+    )
+    assert finished.returncode == 0
+    assert (tmp_path / "done").exists()
+
+
+def test_output_that_is_read_arrives_as_it_was_written() -> None:
+    code = "import sys; from audit_plugin.cli.console import outlive_readers; outlive_readers(); print('\u00e9\\nb'); sys.exit(3)"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (3, b"\xe9\nb\n", b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error_and_no_failed_audit(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1 says that an audit failed; typer ends so on every broken pipe."""
+
+    def broken(*arguments: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(gating, "_look_at", broken)
+    finished = cli("gate", "models:/digits/1", "--clean", "clean.npz")
+    assert (finished.returncode, finished.stderr.strip()) == (2, "error: Broken pipe")
+
+
+# ----------------------------------------------------------------------------------------------------------- SIGTERM
+
+
+@pytest.mark.parametrize("command", ["run", "gate", "repair", "guard"])
+def test_sigterm_leaves_no_copy_of_the_model_behind(command: str, tmp_path: Path) -> None:
+    """Twice, as `timeout` sends it: the second one must not stop the cleaning up."""
+    code = """
+import sys, time
+from audit_plugin import registry
+from audit_plugin.cli import main
+
+def pin(uri, destination):
+    (destination / "model").mkdir()
+    (destination / "model" / "weights").write_text("private")
+    print("copied", flush=True)
+    time.sleep(60)
+
+registry.pin = pin
+main()
+"""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, command, "model.onnx", "--clean", "clean.npz"],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "copied\n"
+        assert list(temporary.rglob("weights"))
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert next(line for line in err.splitlines() if not line.startswith("INFO")).startswith("error: Interrupted")
+    assert "Traceback" not in err
+    assert not list(temporary.iterdir())
+
+
+def test_sigterm_that_the_caller_ignores_stays_ignored() -> None:
+    code = """
+import signal
+from audit_plugin import cli
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+cli._take_sigterm_for_ctrl_c()
+signal.raise_signal(signal.SIGTERM)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -183,6 +183,13 @@ def test_a_waiver_that_does_not_hold_is_none(standing, waiver):
     assert (found.allowed, found.waiver) == (False, None)
 
 
+@pytest.mark.parametrize("made", [datetime.datetime.max, datetime.datetime.min], ids=["the last day", "the first day"])
+def test_a_waiver_at_the_end_of_the_calendar_is_none(standing, made):
+    waiver = dataclasses.replace(WAIVER, created=made.replace(microsecond=0, tzinfo=datetime.UTC))
+    found = standing(audit=None, waiver=waiver)
+    assert (found.allowed, found.waiver) == (False, None)
+
+
 @pytest.mark.parametrize("signer", ["auditor", "stranger"])
 def test_only_the_keys_for_waivers_sign_them(standing, signer):
     assert not standing(audit=None, waiver=WAIVER, waived_by=signer).allowed

@@ -83,6 +83,16 @@ def test_server_behind_a_proxy_is_left_to_mlflow(monkeypatch: pytest.MonkeyPatch
     check_server()
 
 
+@pytest.mark.usefixtures("tracking_kept")
+def test_database_may_be_given_with_options(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db?timeout=60")
+    check_server()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/none.db?timeout=60")
+    with pytest.raises(RegistryError, match="There is no MLflow database"):
+        check_server()
+
+
 @pytest.mark.parametrize("location", ["ftp://user:secret@127.0.0.1:9/store", "ftp://user:secret@store.invalid/store"])
 def test_artifact_store_that_does_not_answer_is_no_unreadable_file(location: str, tmp_path: Path) -> None:
     with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import sqlite3
 import threading
 
 import pytest
@@ -122,6 +123,52 @@ def test_a_model_that_is_exchanged_while_files_are_hashed_gets_nothing(store, ma
         exchange = lambda: None  # noqa: E731  (the second call finds the other model there already)
     now = store.get_model_version(version.name, "1")
     assert (now.aliases, now.current_stage) == ([], "None")
+
+
+@pytest.fixture
+def write(database):
+    """``write(column, value, version)``: past the store, as another MLflow, or nobody honest, would."""
+
+    def update(column, value, version):
+        with sqlite3.connect(database.removeprefix("audited+sqlite:///")) as connection:
+            connection.execute(f"UPDATE model_versions SET {column} = ? WHERE name = ?", (value, version.name))
+
+    return update
+
+
+def test_a_version_from_before_mlflow_kept_storage_locations_is_promoted(store, make, audited, write):
+    version = make()
+    attest(store, version, audited(version))
+    write("storage_location", None, version)
+    store.set_registered_model_alias(version.name, "champion", "1")
+    store.transition_model_version_stage(version.name, "1", "Production", False)
+    assert store.get_registered_model(version.name).aliases == {"champion": 1}
+
+
+def test_a_source_that_changes_while_files_are_hashed_counts(store, make, audited, write, monkeypatch):
+    version = make()
+    attest(store, version, audited(version))
+    write("storage_location", None, version)
+    while_hashing(monkeypatch, lambda: write("source", "/elsewhere", version))
+    with pytest.raises(MlflowException, match="was changed while its files were compared"):
+        store.set_registered_model_alias(version.name, "champion", "1")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'boto3'"), LookupError("Forbidden\n\x1b[2J")])
+def test_whatever_a_store_raises_is_a_refusal_that_no_client_repeats(store, make, audited, monkeypatch, error):
+    """MLflow's clients repeat a request that meets an unexpected error, and each would hash the files again."""
+    version = make()
+    attest(store, version, audited(version))
+
+    def broken(location):
+        raise error
+
+    monkeypatch.setattr(registry_store, "artifact_digest", broken)
+    with pytest.raises(MlflowException, match="its files cannot be compared with the audit") as caught:
+        store.set_registered_model_alias(version.name, "champion", "1")
+    assert caught.value.error_code == "PERMISSION_DENIED"
+    assert f"{type(error).__name__}: {str(error).split()[0]}" in caught.value.message
+    assert caught.value.message.isprintable()
 
 
 def test_an_attested_model_cannot_be_renamed_away(store, make, audited):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import configparser
+import logging
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from mlflow.entities.model_registry import ModelVersionTag
+from mlflow.entities.model_registry import ModelVersionTag, RegisteredModelTag
 from mlflow.exceptions import MlflowException
 from mlflow.server.constants import ARTIFACTS_DESTINATION_ENV_VAR
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.model_registry.sqlalchemy_workspace_store import WorkspaceAwareSqlAlchemyStore
 from mlflow.tracking._model_registry.utils import _get_store_registry
 
-from audit_plugin.errors import AttestationError
+from audit_plugin.errors import AttestationError, IntakeError
 from audit_plugin.manifest import digest_of, manifest_of
+from audit_plugin.registry import pinning
+from audit_plugin.report.sanitise import clean_text
+from mlflow_plugins import registry_store
 from mlflow_plugins.entry import audited_store
 from mlflow_plugins.registry_store import PromotionGate, WorkspacePromotionGate, artifact_digest
 
@@ -75,6 +81,43 @@ def test_what_mlflow_writes_without_the_gate_can_be_read_with_it(tmp_path):
         gated.set_registered_model_alias("digits", "champion", "1")
 
 
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory):
+    """A store; making its tables takes seconds."""
+    return audited_store(f"audited+sqlite:///{tmp_path_factory.mktemp('gated')}/mlflow.db")
+
+
+@pytest.mark.parametrize("name", ["a; rm -rf ~", "$(rm -rf ~)", "it's `this`", "a\n\x1b[2Jb\u202e", "'" * 200])
+def test_the_command_in_a_refusal_can_be_copied_whatever_the_model_is_called(gated, name):
+    gated.create_registered_model(name)
+    gated.create_model_version(name, "/nowhere")
+    with pytest.raises(MlflowException) as caught:
+        gated.set_registered_model_alias(name, "champion", "1")
+    message = caught.value.message
+    assert message.isprintable()
+    *command, uri, option, value = shlex.split(message.rpartition("Run: ")[2])
+    assert (command, option, value) == (["backdoor-audit", "gate"], "--clean", "IMAGES")
+    assert uri == f"models:/{clean_text(name)}/1"
+
+
+def test_no_refusal_and_no_log_line_carries_control_characters(gated, caplog):
+    name = "c\n\x1b[2Jd"
+    with caplog.at_level(logging.INFO):
+        gated.create_registered_model(name, [RegisteredModelTag("audit.verdict", "pass")])
+        gated.create_model_version(name, "/nowhere", tags=[ModelVersionTag("audit.verdict", "pass")])
+    assert len(caplog.messages) >= 2
+    assert all(line.isprintable() for line in caplog.messages)
+    for refused in (
+        lambda: gated.set_registered_model_tag(name, RegisteredModelTag("audit.\n\x1b", "pass")),
+        lambda: gated.set_model_version_tag(name, "1", ModelVersionTag("audit.verdict", "\x1b\n")),
+        lambda: gated.delete_model_version_tag(name, "1", "audit.verdict"),
+    ):
+        with pytest.raises(MlflowException) as caught:
+            refused()
+        assert caught.value.error_code == "PERMISSION_DENIED"
+        assert caught.value.message.isprintable()
+
+
 def test_the_server_need_not_load_what_audits_need():
     heavy = ("torch", "onnxruntime", "great_expectations")
     code = f"import sys, mlflow_plugins.registry_store; print([name for name in {heavy} if name in sys.modules])"
@@ -103,6 +146,14 @@ def test_artifacts_are_hashed_wherever_the_server_keeps_them(files, tmp_path, mo
     for destination in (str(tmp_path / "artifacts"), (tmp_path / "artifacts").as_uri() + "/"):
         monkeypatch.setenv(ARTIFACTS_DESTINATION_ENV_VAR, destination)
         assert artifact_digest("mlflow-artifacts:/1/models/m-1/artifacts") == expected
+
+
+def test_what_no_audit_would_take_is_not_fetched(monkeypatch):
+    huge = SimpleNamespace(path="model/weights", file_size=2**60, is_dir=False)
+    monkeypatch.setattr(pinning, "get_artifact_repository", lambda place: SimpleNamespace(list_artifacts=lambda path: [huge]))
+    monkeypatch.setattr(registry_store, "get_artifact_repository", lambda place: pytest.fail("fetched"))
+    with pytest.raises(IntakeError, match="weights: found more than 8589934592 bytes"):
+        artifact_digest("s3://bucket/model")
 
 
 def test_files_that_cannot_be_compared_are_an_error(files, tmp_path):

@@ -489,6 +489,18 @@ def test_files_that_cannot_be_read_are_no_match(serve, other):
     assert compare(client, "signs", 1, Accept="application/json").json["result"] == "unreadable"
 
 
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'boto3'"), LookupError("Forbidden\n\x1b[2J")])
+def test_a_store_that_fails_in_its_own_way_is_no_match(client, monkeypatch, error):
+    def broken(location):
+        raise error
+
+    monkeypatch.setattr(server, "artifact_digest", broken)
+    answer = compare(client, "signs", 1, Accept="application/json")
+    assert (answer.status_code, answer.json["result"]) == (200, "unreadable")
+    assert f"{type(error).__name__}: {str(error).split()[0]}" in answer.json["message"]
+    assert answer.json["message"].isprintable()
+
+
 def test_nothing_is_hashed_unless_somebody_asks(client, monkeypatch):
     monkeypatch.setattr(server, "artifact_digest", lambda location: pytest.fail("hashed"))
     page(client)
@@ -500,7 +512,8 @@ def test_other_sites_cannot_make_the_server_hash(client, monkeypatch):
     monkeypatch.setattr(server, "artifact_digest", lambda location: pytest.fail("hashed"))
     assert compare(client, "signs", 1, **{"Sec-Fetch-Site": "cross-site"}).status_code == 403
     assert compare(client, "signs", 1, **{"Sec-Fetch-Site": "same-site"}).status_code == 403
-    for foreign in ("http://evil.example", "http://localhost:81", "null"):  # over plain HTTP there is no Sec-Fetch-Site
+    # Over plain HTTP there is no Sec-Fetch-Site.
+    for foreign in ("http://evil.example", "http://localhost:81", "null", "http://["):
         assert compare(client, "signs", 1, Origin=foreign).status_code == 403
 
 
