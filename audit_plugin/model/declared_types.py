@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree
 
@@ -21,15 +20,17 @@ from audit_plugin.errors import IntakeError
 def check_declared_types(program: torch.export.ExportedProgram) -> None:
     """Run the graph on tensors without contents, which costs little, and compare.
 
+    They have plain sizes: to calculate with the program's own symbols would settle them, and with them its batch size.
+
     Raises:
         IntakeError: naming the first value of another type than the file says.
     """
     declared = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    mode = detect_fake_mode(declared) or FakeTensorMode()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     stored = {**program.state_dict, **program.constants}
     owners = [stored.get(spec.target or "") for spec in program.graph_signature.input_specs]
     given = [
-        mode.from_tensor(owner, static_shapes=True) if isinstance(owner, torch.Tensor) else value
+        mode.from_tensor(owner, static_shapes=True) if isinstance(owner, torch.Tensor) else _example(value, mode)
         for owner, value in zip(owners, declared, strict=True)
     ]
     comparison = _Comparison(program.graph_module)
@@ -60,6 +61,16 @@ class _Comparison(fx.Interpreter):
         value = super().call_function(target, given, dict(kwargs))
         self.found = next((part.found for part in inner if part and part.found), self.found)
         return value
+
+
+def _example(value: object, mode: FakeTensorMode) -> object:
+    """A tensor of the size that the program was exported with."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape: tuple[Any, ...] = tuple(value.shape)
+    sizes: list[Any] = [size.node.hint if isinstance(size, torch.SymInt) else size for size in shape]
+    with mode:
+        return torch.empty(sizes, dtype=value.dtype)
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

@@ -188,6 +188,25 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [None, 4])
+class ShapedByItsBatch(nn.Module):
+    """As many a ResNet for small images: its shortcut is padded, and what is left after pooling is viewed by the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Linear(4, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = nn.functional.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1)) + self.convolution(images)
+        features = nn.functional.avg_pool2d(features, features.size()[3])
+        return self.head(features.view(features.size(0), -1))
+
+
+def test_checking_a_program_leaves_its_batch_size_free(load: Load) -> None:
+    network = load(ShapedByItsBatch())
+    assert network.input_shape == (-1, 3, SIZE, SIZE)
+    assert network.batch_size is None
+
+
 def test_a_model_that_normalises_in_place_does_not_change_the_pixels_it_is_given(load: Load, batch: int | None) -> None:
     subject = subject_of(load(Normalising(in_place=True), batch=batch))
     assert_same_answers(subject, Normalising(in_place=False), pictures(6))
