@@ -187,7 +187,6 @@ class Overwriting(nn.Module):
         return images.flatten(1).relu_().mul_(2.0)
 
 
-@pytest.mark.parametrize("batch", [None, 4])
 class ShapedByItsBatch(nn.Module):
     """As many a ResNet for small images: its shortcut is padded, and what is left after pooling is viewed by the batch size."""
 
@@ -207,6 +206,7 @@ def test_checking_a_program_leaves_its_batch_size_free(load: Load) -> None:
     assert network.batch_size is None
 
 
+@pytest.mark.parametrize("batch", [None, 4])
 def test_a_model_that_normalises_in_place_does_not_change_the_pixels_it_is_given(load: Load, batch: int | None) -> None:
     subject = subject_of(load(Normalising(in_place=True), batch=batch))
     assert_same_answers(subject, Normalising(in_place=False), pictures(6))
