@@ -33,6 +33,7 @@ from audit_plugin.checks.canaries import Standard, check_power
 from audit_plugin.checks.measurement import measure_classes, measure_probe, measure_scorer, measure_waves, run_check, victims
 from audit_plugin.data.clean_set import LoadedImages
 from audit_plugin.data.expectations import check_clean_set
+from audit_plugin.errors import first_line
 from audit_plugin.maths.rates import rate_of
 from audit_plugin.model.grad_cam import grad_cam
 from audit_plugin.model.subject import PARITY_TOLERANCE, Subject
@@ -390,8 +391,7 @@ def _stamp(found: TriggerEvidence | None, subject: Subject, splits: Splits) -> t
         clean_attention = grad_cam(subject, clean_shown, predictions[moved][shown])
         stamped_attention = grad_cam(subject, stamped_shown, answers[shown])
     except Exception as error:  # a decoration, for which no audit ends that has come this far
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        log.info("The report is without attention maps: %s", reason)
+        log.info("The report is without attention maps: %s", first_line(error))
     examples = ExampleImages(
         clean=clean_shown,
         stamped=stamped_shown,

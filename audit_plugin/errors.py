@@ -65,3 +65,9 @@ def nearest(wrong: str, valid: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Valid names: {', '.join(names)}." if names else ""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, as part of a message of our own: its first line, shortened, without the full stop."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__

@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import fx, nn
 
-from audit_plugin.errors import IntakeError, SubjectError, nearest
+from audit_plugin.errors import IntakeError, SubjectError, first_line, nearest
 from audit_plugin.intake.archive import read_archive
 from audit_plugin.intake.files import opened
 from audit_plugin.intake.refusal import quoted
@@ -118,7 +118,7 @@ def _from_exported_program(path: Path) -> fx.GraphModule:
         raise
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise IntakeError(
-            f"'{path.name}' cannot be read as an exported program by torch {torch.__version__}: {_short(error)}. "
+            f"'{path.name}' cannot be read as an exported program by torch {torch.__version__}: {first_line(error)}. "
             "Log the model again with mlflow.pytorch.log_model(..., input_example=...)."
         ) from error
 
@@ -215,14 +215,14 @@ def _from_state_dict(path: Path, architecture: str | None, class_count: int | No
     except Exception as error:  # torch raises several kinds, and any other over keys that are no text
         raise SubjectError(
             f"The state_dict does not fit torchvision's {architecture} with {classes} classes: "
-            f"{_misfit(module.state_dict(), weights) or _short(error)}. {_way_out(module.state_dict(), weights)}"
+            f"{_misfit(module.state_dict(), weights) or first_line(error)}. {_way_out(module.state_dict(), weights)}"
         ) from error
     example = torch.zeros(4, *shape[1:])
     try:
         return plain_graph(torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)))
     except Exception as error:  # the exporter and the network itself raise many kinds
         raise SubjectError(
-            f"torchvision's {architecture} does not take images of shape {tuple(shape[1:])}: {_short(error)}. "
+            f"torchvision's {architecture} does not take images of shape {tuple(shape[1:])}: {first_line(error)}. "
             "Check [model] height, width, channels and architecture in the policy."
         ) from error
 
@@ -375,7 +375,7 @@ def _probe(program: fx.GraphModule | onnx.ModelProto, shape: tuple[int, ...], de
     except SubjectError:
         raise
     except Exception as error:  # whatever an unknown graph may raise
-        raise SubjectError(f"The model does not run on a batch of shape {first.shape}: {_short(error)}.") from error
+        raise SubjectError(f"The model does not run on a batch of shape {first.shape}: {first_line(error)}.") from error
     if answer.ndim != 2 or len(answer) != size:
         raise SubjectError(f"Expected one row of class scores an image, ({size}, classes); the model returns {answer.shape}.")
     classes = answer.shape[1]
@@ -435,8 +435,3 @@ def _takes_any_batch(run: Run, reference: FloatArray, first: FloatArray, second:
         return False
     tolerance = 1e-4 * (float(np.abs(expected).max()) + 1e-6)
     return answer.shape == expected.shape and bool(np.allclose(answer, expected, rtol=0.0, atol=tolerance))
-
-
-def _short(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__

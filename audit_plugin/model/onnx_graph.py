@@ -19,7 +19,7 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from audit_plugin.errors import IntakeError, SubjectError
+from audit_plugin.errors import IntakeError, SubjectError, first_line
 from audit_plugin.model.taps import GraphNode, NodeKind, Tap, choose_taps
 from audit_plugin.types import InputSpec
 
@@ -93,7 +93,7 @@ def read_model(path: Path) -> ModelProto:
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
     except Exception as error:  # a damaged file makes onnx and protobuf raise almost anything
-        raise IntakeError(f"'{path.name}' is no valid ONNX model: {_first_line(error)}. Export and log it again.") from error
+        raise IntakeError(f"'{path.name}' is no valid ONNX model: {first_line(error)}. Export and log it again.") from error
     if model.functions:
         raise IntakeError(f"'{path.name}' holds local functions that cannot be inlined. Export it without functions.")
     version = opset_version(model)
@@ -278,7 +278,7 @@ def _with_inferred_shapes(model: ModelProto) -> ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception as error:  # a convenience only: taps are found without shapes, if less surely
-        log.info("Shapes of the ONNX graph could not be inferred: %s", _first_line(error))
+        log.info("Shapes of the ONNX graph could not be inferred: %s", first_line(error))
         return model
 
 
@@ -539,15 +539,10 @@ def _checked(model: ModelProto) -> ModelProto:
         try:
             onnx.checker.check_model(inferred)
         except Exception as error:  # onnx raises several classes, ValueError for models above 2 GB among them
-            raise SubjectError(f"The ONNX model could not be rewritten: {_first_line(error)}.") from error
+            raise SubjectError(f"The ONNX model could not be rewritten: {first_line(error)}.") from error
     return inferred
 
 
 def _listed(values: Sequence[ValueInfoProto]) -> str:
     names = [value.name for value in values]
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200].rstrip(".") if text else type(error).__name__
