@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib
 import io
 import logging
 import warnings
@@ -132,7 +134,7 @@ def _export_torch(graph: fx.GraphModule, network: Network, spec: InputSpec) -> E
     dynamic = None if network.batch_size else ({0: torch.export.Dim("batch", min=1)},)
     names = [tap.name for tap in taps]
     try:
-        with _quietly(), torch.no_grad():
+        with _quietly(), _operators_listed_once(), torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
             exported = torch.onnx.export(program, dynamo=True, input_names=[PIXELS], output_names=[*names, LOGITS], verbose=False)
         assert exported is not None  # noqa: S101  (told by dynamo=True; for the type checker)
@@ -234,6 +236,28 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """torch lists its operators' translations anew at every export, parsing the source of each: most of the time that a small
+    model takes. They are kept for the next export here. The list is private: where it is elsewhere, all is as without this."""
+    try:
+        owner = importlib.import_module("torch.onnx._internal.exporter._registration").onnxscript_apis
+        listing = owner.get_torchlib_ops
+    except (ImportError, AttributeError):
+        yield
+        return
+    owner.get_torchlib_ops = lambda: _listed(listing)
+    try:
+        yield
+    finally:
+        owner.get_torchlib_ops = listing
+
+
+@functools.cache
+def _listed(listing: Callable[[], list[Any]]) -> list[Any]:
+    return listing()
 
 
 def _reason(error: Exception) -> str:

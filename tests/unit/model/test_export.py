@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,38 @@ def test_normalisation_is_that_of_the_specification(spec: dict[str, object]) -> 
     pixels = images.astype(np.float64) / 255
     expected = (given.low + pixels * (given.high - given.low) - np.array(given.mean)) / np.array(given.std)
     np.testing.assert_allclose(subject.logits(images), expected.mean(axis=(1, 2)), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- torch's list of operators
+
+
+@pytest.fixture
+def listings(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one each time that torch lists its operators; the list that is kept begins anew."""
+    from torch.onnx._internal.exporter import _registration
+
+    plain, made = _registration.onnxscript_apis.get_torchlib_ops, []
+    monkeypatch.setattr(_registration.onnxscript_apis, "get_torchlib_ops", lambda: made.append(None) or plain())
+    return made
+
+
+def test_operators_are_listed_for_the_first_export_alone(listings: list[object]) -> None:
+    first, second = (subject_of(InPlace(), 8).onnx_model.graph for _ in range(2))
+    assert len(listings) == 1
+    assert [node.op_type for node in first.node] == [node.op_type for node in second.node]
+    assert first.initializer == second.initializer
+    torch.onnx.export(torch.nn.ReLU(), (torch.zeros(2, 3),), dynamo=True, verbose=False)
+    assert len(listings) == 2  # nobody else's exports change
+
+
+@pytest.mark.parametrize("missing", ["onnxscript_apis.get_torchlib_ops", "onnxscript_apis"])
+def test_a_torch_that_keeps_its_operators_elsewhere_exports_too(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "torch.onnx._internal.exporter._registration"
+    elsewhere = types.SimpleNamespace(onnxscript_apis=object()) if "." in missing else object()
+    plain = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *rest: elsewhere if name == place else plain(name, *rest))
+    images = pictures(3, 8)
+    check_parity(subject_of(InPlace(), 8), images)
 
 
 # ----------------------------------------------------------------------------------------------------------- parity
