@@ -16,9 +16,11 @@ What we do differently, and why:
 * Three experts instead of one, from one course of forgetting: when a tenth of the held-out accuracy is gone, when a quarter is,
   and when it is at most ``expert_accuracy``, which is the paper's expert. Some backdoors go before the task does, and then the
   early ones still know them. m, the model's own confidence, is that of an expert that has forgotten nothing.
-* The experts' learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels (y + 1), from
-  1e-5 on, until the accuracy on held-out clean images is at most ``expert_accuracy``. The attack plays no part. Held out is a
-  fifth of the fit split.
+* The wrong labels are any of the other classes, drawn anew with every pass, not always y + 1. That one is a task of its own, which
+  some copies learn in the place of the backdoor: they forgot a warp (WaNet) before they forgot their task.
+* The experts' learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels, from 1e-5 on,
+  until the accuracy on held-out clean images is at most ``expert_accuracy``. The attack plays no part. Held out is a fifth of
+  the fit split.
 * The auxiliary model's rate is found too: the greatest at which the held-out accuracy falls by at most
   ``auxiliary_tolerance``, with gradients of norm one at most. It is divided by three after each fifth of the epochs: the
   authors' factor of ten leaves nothing to learn with.
@@ -154,8 +156,7 @@ class BadExpertScorer(InputScorer):
         module = tuning.copy()
         optimizer = torch.optim.Adam(_weights(module), lr=_EXPERT_RATES[0])
         growth = torch.optim.lr_scheduler.ExponentialLR(optimizer, _EXPERT_GROWTH)
-        wrong = (tuning.labels + 1) % tuning.class_count
-        steps = itertools.chain.from_iterable(tuning.steps(module, optimizer, wrong) for _ in itertools.count())
+        steps = itertools.chain.from_iterable(tuning.steps(module, optimizer, tuning.wrong_labels()) for _ in itertools.count())
         for step, _ in enumerate(steps, start=1):
             rate = float(growth.get_last_lr()[0])
             growth.step()
@@ -257,6 +258,11 @@ class _Tuning:
         """A fresh copy of the model; every copy sees its batches in the same order."""
         self._generator = torch.Generator().manual_seed(self._seed)
         return self._subject.trainable_copy().to(self._device)
+
+    def wrong_labels(self) -> Tensor:
+        """For each image one of the other classes, all alike; others with every call."""
+        offsets = torch.randint(1, self.class_count, self.labels.shape, generator=self._generator)
+        return (self.labels + offsets.to(self._device)) % self.class_count
 
     def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, labels: Tensor) -> Iterator[None]:
         """One pass over the images with these labels, one step an iteration."""

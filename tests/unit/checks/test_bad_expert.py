@@ -197,6 +197,21 @@ def test_an_auxiliary_model_that_loses_its_accuracy(planted, splits, monkeypatch
     refused(check, planted[0], splits.fit, r"cost more than 3% accuracy at every learning rate down to 10; more clean images")
 
 
+@pytest.mark.parametrize("class_count", [2, 10])
+def test_wrong_labels_are_all_others_alike_and_never_the_right_one(planted, splits, class_count):
+    tuning = bad_expert._Tuning(planted[0], splits.fit, np.random.default_rng(0))
+    tuning.labels, tuning.class_count = torch.zeros(9000, dtype=torch.int64), class_count
+    tuning.copy()
+    first, second = tuning.wrong_labels(), tuning.wrong_labels()
+    counts = torch.bincount(first, minlength=class_count)
+    assert counts[0] == 0
+    # A class has 9000 / (classes - 1) of them, give or take a binomial deviation of 30 with ten classes.
+    assert (counts[1:] - 9000 / (class_count - 1)).abs().max() < 5 * 30
+    assert torch.equal(first, second) == (class_count == 2)
+    tuning.copy()  # every copy is taught the same
+    assert torch.equal(tuning.wrong_labels(), first)
+
+
 def test_an_auxiliary_model_may_lose_exactly_the_tolerance(planted, splits, monkeypatch):
     """98 less 3 of 100 images is 95, but not in floating point."""
     tuning = bad_expert._Tuning(planted[0], splits.fit, np.random.default_rng(0))
