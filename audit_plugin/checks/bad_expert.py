@@ -16,8 +16,8 @@ What we do differently, and why:
 * Three experts instead of one, from one course of forgetting: when a tenth of the held-out accuracy is gone, when a quarter is,
   and when it is at most ``expert_accuracy``, which is the paper's expert. Some backdoors go before the task does, and then the
   early ones still know them. m, the model's own confidence, is that of an expert that has forgotten nothing.
-* The wrong labels are any of the other classes, drawn anew with every pass, not always y + 1. That one is a task of its own, which
-  some copies learn in the place of the backdoor: they forgot a warp (WaNet) before they forgot their task.
+* The wrong labels are any of the other classes, drawn anew with every pass, not always y + 1: taught that, the experts of a warp
+  (WaNet) forgot it before the task.
 * The experts' learning rate is found, not given. It grows by a twentieth with every step of Adam on wrong labels, from 1e-5 on,
   until the accuracy on held-out clean images is at most ``expert_accuracy``. The attack plays no part. Held out is a fifth of
   the fit split.
