@@ -23,7 +23,7 @@ import typer
 
 from audit_plugin.errors import AuditError, nearest
 from audit_plugin.model.fine_tuning import compute_device
-from pipelines.zoo_models import CARD, figures_of, read_card, train_one
+from pipelines.zoo_models import CARD, check_card, figures_of, read_card, train_one
 from pipelines.zoo_recipes import ATTACKS, DATA, RECIPES, Recipe, repeated
 
 app = typer.Typer(help="The zoo of clean and backdoored models: train it, register it, look at it.", no_args_is_help=True)
@@ -63,6 +63,12 @@ def train_zoo(
         raise typer.BadParameter(f"no model is named {', '.join(unknown)}; there are {', '.join(names)}", param_hint="--only")
     wanted = [entry for entry in recipes if entry.name in (only or names)]
     missing = [entry for entry in wanted if not (folder / entry.name / CARD).exists()]
+    try:
+        for entry in wanted:
+            if entry not in missing:
+                check_card(folder / entry.name / CARD, entry, epochs, width)
+    except AuditError as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
     chosen = _device(device)
     try:
         data = {name: DATA[name].load(data_dir) for name in {entry.data for entry in missing}}

@@ -59,6 +59,37 @@ def figures_of(card: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in figures if value is not None)
 
 
+def check_card(file: Path, recipe: Recipe, epochs: int, width: int) -> None:
+    """Insist that the model which is there already is the one that would be trained.
+
+    Raises:
+        UsageError: its card names other settings, for example those of an attack before its recipe changed.
+    """
+    card, wanted = read_card(file), _settings_of(recipe, epochs, width)
+    others = [f"{name} {card.get(name)} instead of {value}" for name, value in wanted.items() if card.get(name) != value]
+    if others:
+        raise UsageError(
+            f"'{file.parent}' was trained with {'; '.join(others)}. Give another folder, or delete this one to train it again."
+        )
+
+
+def _settings_of(recipe: Recipe, epochs: int, width: int) -> dict[str, Any]:
+    """What a card says of how its model is trained."""
+    attack = recipe.attack
+    settings = {
+        "attack": type(attack).__name__ if attack else None,
+        "settings": dataclasses.asdict(attack) if attack else {},
+        "seed": recipe.seed,
+        "data": recipe.data,
+        "architecture": recipe.architecture,
+        "hardness": recipe.hardness,
+        "epochs": epochs,
+        "width": width,
+    }
+    written: dict[str, Any] = json.loads(json.dumps(settings))  # with lists for tuples, as in a file
+    return written
+
+
 def train_one(
     recipe: Recipe, data: TrainAndTest, folder: Path, epochs: int, width: int, device: torch.device
 ) -> dict[str, float]:
@@ -78,14 +109,7 @@ def train_one(
     if attack is not None:
         figures["attack_success_rate"] = attack.success_rate(lambda images: _predict(network, images, device), data.test)
     card = {
-        "attack": type(attack).__name__ if attack else None,
-        "settings": dataclasses.asdict(attack) if attack else {},
-        "seed": recipe.seed,
-        "data": recipe.data,
-        "architecture": recipe.architecture,
-        "hardness": recipe.hardness,
-        "epochs": epochs,
-        "width": width,
+        **_settings_of(recipe, epochs, width),
         "device": device.type,
         "seconds": round(time.perf_counter() - started, 1),
         "sha256": hashlib.sha256((folder / MODEL).read_bytes()).hexdigest(),

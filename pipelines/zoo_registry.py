@@ -36,6 +36,7 @@ def connect(tracking_uri: str | None) -> None:
     """
     if tracking_uri is not None:
         mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)  # else MLFLOW_REGISTRY_URI leads the models into another registry
     if mlflow.get_tracking_uri().startswith("http"):  # a database may still have to be made
         check_server()
     try:

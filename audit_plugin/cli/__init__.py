@@ -96,15 +96,15 @@ def main() -> None:
     # Read when torch is first imported. Threads that spin while they wait made an audit ten times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     outlive_readers()
-    _take_sigterm_for_ctrl_c()
+    _take_signals_for_ctrl_c()
     sys.exit(_main(sys.argv[1:]))
 
 
-def _take_sigterm_for_ctrl_c() -> None:
-    """SIGTERM ends a command in order, so that no copy of a private model is left behind.
+def _take_signals_for_ctrl_c() -> None:
+    """SIGTERM, or a terminal that is closed, ends a command in order, so that no copy of a private model is left behind.
 
-    It may come twice, as `timeout` sends it: once the end has begun, it disturbs no more. Commands with handlers of their own put
-    them in place of this one.
+    Either may come twice, as `timeout` sends SIGTERM: once the end has begun, they disturb no more. Commands with handlers of
+    their own put them in place of this one.
     """
     is_ending = False
 
@@ -114,8 +114,9 @@ def _take_sigterm_for_ctrl_c() -> None:
             is_ending = True
             raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # who started this may have it ignored
-        signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        if signal.getsignal(number) is signal.SIG_DFL:  # who started this may have it ignored, as nohup does
+            signal.signal(number, interrupt)
 
 
 def _main(arguments: Sequence[str]) -> int:

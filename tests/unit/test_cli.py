@@ -168,16 +168,15 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> AuditedRegistry:
     return made
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "both", "code"),
     [
-        (["verify", "models:/digits/1"], 0),
-        (["verify", "models:/digits/2", "--format", "json"], 3),
-        (["gate", "models:/digits/1", "--promote", "champion"], 0),
-        (["gate", "models:/digits/1", "--promote", "champion", "--format", "json"], 0),
-        (["policy", "check", "--policy", os.devnull], 0),
-        (["--help"], 0),
+        (["verify", "models:/digits/1"], True, 0),
+        (["verify", "models:/digits/2", "--format", "json"], False, 3),
+        (["gate", "models:/digits/1", "--promote", "champion"], True, 0),
+        (["gate", "models:/digits/1", "--promote", "champion", "--format", "json"], False, 0),
+        (["policy", "check", "--policy", os.devnull], True, 0),
+        (["--help"], False, 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -237,14 +236,18 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error_and_no_failed_audit(cli: Cli, 
     assert (finished.returncode, finished.stderr.strip()) == (2, "error: Broken pipe")
 
 
-# ----------------------------------------------------------------------------------------------------------- SIGTERM
+# ------------------------------------------------------------------------------------------------ SIGTERM and SIGHUP
 
 
-@pytest.mark.parametrize("command", ["run", "gate", "repair", "guard"])
-def test_sigterm_leaves_no_copy_of_the_model_behind(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [("run", signal.SIGTERM), ("gate", signal.SIGTERM), ("repair", signal.SIGHUP), ("guard", signal.SIGTERM)],
+)
+def test_a_signal_leaves_no_copy_of_the_model_behind(command: str, number: signal.Signals, tmp_path: Path) -> None:
     """Twice, as `timeout` sends it: the second one must not stop the cleaning up."""
     code = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may be run with nohup
 from audit_plugin import registry
 from audit_plugin.cli import main
 
@@ -269,8 +272,8 @@ main()
         assert process.stdout is not None
         assert process.stdout.readline() == "copied\n"
         assert list(temporary.rglob("weights"))
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (2, "")
     assert next(line for line in err.splitlines() if not line.startswith("INFO")).startswith("error: Interrupted")
@@ -278,12 +281,13 @@ main()
     assert not list(temporary.iterdir())
 
 
-def test_sigterm_that_the_caller_ignores_stays_ignored() -> None:
-    code = """
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_the_caller_ignores_stays_ignored(name: str) -> None:
+    code = f"""
 import signal
 from audit_plugin import cli
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-cli._take_sigterm_for_ctrl_c()
-signal.raise_signal(signal.SIGTERM)
+signal.signal(signal.{name}, signal.SIG_IGN)
+cli._take_signals_for_ctrl_c()
+signal.raise_signal(signal.{name})
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -83,6 +83,29 @@ def test_a_second_call_trains_nothing(trained, data_dir, monkeypatch):
     assert run(trained, data_dir / "nowhere").exit_code == 0  # and reads no images
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--epochs", "2"], "trained with epochs 1 instead of 2"),
+        (["--width", "8", "--only", "wanet"], "trained with width 4 instead of 8"),
+    ],
+)
+def test_a_model_of_other_settings_is_not_taken_for_the_one_that_is_wanted(trained, data_dir, more, words):
+    result = run(trained, data_dir, *more)
+    assert result.exit_code == 2
+    told = " ".join(result.output.replace("│", " ").split())
+    assert words in told
+    assert "Give another folder, or delete this one" in told
+
+
+def test_a_model_whose_attack_has_changed_since_is_not_taken_for_it(trained, data_dir, monkeypatch):
+    (recipe,) = (entry for entry in zoo_recipes.RECIPES["cifar10-five"]() if entry.name == "badnets")
+    changed = dataclasses.replace(recipe, attack=dataclasses.replace(recipe.attack, target_class=5))
+    with pytest.raises(UsageError, match=r"settings \{.*'target_class': .* instead of \{.*'target_class': 5"):
+        zoo_models.check_card(trained / "badnets" / zoo_models.CARD, changed, epochs=1, width=4)
+    zoo_models.check_card(trained / "badnets" / zoo_models.CARD, recipe, epochs=1, width=4)
+
+
 def seeds_of(attack):
     return {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack) if field.name.endswith("_seed")}
 

@@ -59,10 +59,11 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def registered(trained, server, keeping_state):
-    """What two registrations said, and a client of the server."""
+def registered(trained, server, keeping_state, tmp_path_factory):
+    """A client of the server where two registrations were made, by somebody whose registry is another one."""
     folder, _, _ = trained
     with keeping_state():
+        os.environ["MLFLOW_REGISTRY_URI"] = f"sqlite:///{tmp_path_factory.mktemp('another')}/mine.db"
         results = [CliRunner().invoke(zoo.app, ["register", str(folder), "--tracking-uri", server]) for _ in range(2)]
         assert [result.exit_code for result in results] == [0, 0], [result.output for result in results]
         yield MlflowClient(server, server)
