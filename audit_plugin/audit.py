@@ -212,7 +212,7 @@ def checks_of(
     search = policy.trigger_inversion
     measures: list[ClassMeasure] = [
         MaximumMargin(policy.maximum_margin.starts, policy.maximum_margin.steps),
-        NeuronNoise(policy.neuron_noise.images),
+        NeuronNoise(policy.neuron_noise.images, policy.neuron_noise.kept_accuracy),
     ]
     waves = WaveScan(policy.wave_scan.amplitude, policy.wave_scan.frequencies, policy.wave_scan.images)
     probe = TriggerInversion(

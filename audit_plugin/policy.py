@@ -149,6 +149,7 @@ class NeuronNoisePolicy:
     """See :class:`audit_plugin.checks.neuron_noise.NeuronNoise`."""
 
     images: int = 100
+    kept_accuracy: tuple[float, ...] = (0.9, 0.75)
 
 
 @dataclass(frozen=True)
@@ -428,6 +429,10 @@ def _check_ranges(policy: Policy) -> None:
         "[trigger_inversion] maximum_classes must be at least 2": search.maximum_classes >= 2,
         "[maximum_margin] starts and steps must be at least 1": policy.maximum_margin.starts >= 1 <= policy.maximum_margin.steps,
         "[neuron_noise] images must be at least 20": policy.neuron_noise.images >= 20,
+        "[neuron_noise] kept_accuracy must hold shares between 0 and 1, the largest first": (
+            all(0 < share < 1 for share in policy.neuron_noise.kept_accuracy)
+            and list(policy.neuron_noise.kept_accuracy) == sorted(set(policy.neuron_noise.kept_accuracy), reverse=True)
+        ),
         "[wave_scan] amplitude must lie between 0 and 255": 0 < policy.wave_scan.amplitude <= 255,
         "[wave_scan] frequencies must be at least 1": policy.wave_scan.frequencies >= 1,
         "[wave_scan] images must be at least 20": policy.wave_scan.images >= 20,

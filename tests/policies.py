@@ -11,7 +11,7 @@ FAST: Mapping[str, Mapping[str, Any]] = {
     "trigger_inversion": {"steps": 20, "searches": 1},
     "source_specific": {"maximum_classes": 0},
     "maximum_margin": {"starts": 2, "steps": 20},
-    "neuron_noise": {"images": 20},
+    "neuron_noise": {"images": 20, "kept_accuracy": []},
     "wave_scan": {"frequencies": 1, "images": 20},
     "canaries": {"families": []},
 }

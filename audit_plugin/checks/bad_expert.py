@@ -32,25 +32,21 @@ What we do differently, and why:
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
 
 from audit_plugin.checks.base import FittedScorer, InputScorer
 from audit_plugin.errors import InapplicableError
-from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.maths.rates import is_within
 from audit_plugin.model.expert_graph import AUXILIARY, EXPERT, OWN, TRIANGLE, append_expert_score
-from audit_plugin.model.fine_tuning import accuracy, compute_device, fitting_steps, predicted
+from audit_plugin.model.fine_tuned_copies import LAST_RATE, FineTuned, Tuning, forgetting_copies
+from audit_plugin.model.fine_tuning import trained_weights
 from audit_plugin.model.onnx_graph import opset_version
 from audit_plugin.model.runtime import Session
 from audit_plugin.model.subject import Subject
@@ -58,12 +54,6 @@ from audit_plugin.types import FitSplit, FloatArray, ImageArray
 
 log = logging.getLogger(__name__)
 
-FEWEST_IMAGES = 50
-_HELD_OUT = 0.2
-_BATCH = 64
-_EXPERT_RATES = (1e-5, 0.05)  # first and last learning rate
-_EXPERT_GROWTH = 1.05  # of the rate with every step
-_STEPS_BETWEEN_LOOKS = 2
 _EARLY_EXPERTS = (0.9, 0.75)  # shares of the model's accuracy on held-out images
 _AUXILIARY_RATES = (0.1, 0.03, 0.01, 0.003, 0.001)
 _AUXILIARY_PHASES = 5
@@ -107,11 +97,6 @@ class BadExpertScorer(InputScorer):
                 ever right, there are fewer than 50 images, or no learning rate made the expert forget or let the auxiliary model
                 keep its accuracy.
         """
-        if len(fit_split) < FEWEST_IMAGES:
-            raise InapplicableError(
-                f"Fine-tuning needs at least {FEWEST_IMAGES} clean images in the fit split, there are {len(fit_split)}. "
-                "Give more clean images."
-            )
         copies = len(_EARLY_EXPERTS) + 2
         if (1 + copies) * subject.onnx_model.ByteSize() > _LARGEST_GRAPH:
             raise InapplicableError(
@@ -122,9 +107,7 @@ class BadExpertScorer(InputScorer):
             raise InapplicableError(
                 f"The score needs ONNX opset {_OLDEST_OPSET}, the model has {opset}. Convert it with onnx.version_converter."
             )
-        if any(weight.dtype == torch.float16 for weight in subject.torch_module().parameters()):
-            raise InapplicableError("Its weights are float16, too coarse to be fine-tuned. Give the float32 model.")
-        tuning = _Tuning(subject, fit_split, rng)
+        tuning = Tuning(subject, fit_split, rng)
         if tuning.accuracy <= self.expert_accuracy:
             raise InapplicableError(
                 f"The model is right on {tuning.accuracy:.0%} of the held-out clean images and counts as having forgotten its "
@@ -149,36 +132,22 @@ class BadExpertScorer(InputScorer):
         }
         return _FittedBadExpert(subject.open_session(model), facts)
 
-    def _experts(self, tuning: _Tuning) -> list[_Copy]:
-        """One copy at several times while it is taught wrong labels at a growing rate, until it has forgotten its task."""
+    def _experts(self, tuning: Tuning) -> list[FineTuned]:
+        """One copy at several times while it is taught wrong labels, until it has forgotten its task."""
         wanted = [max(share * tuning.accuracy, self.expert_accuracy) for share in _EARLY_EXPERTS] + [self.expert_accuracy]
-        experts: list[_Copy] = []
-        module = tuning.copy()
-        optimizer = torch.optim.Adam(_weights(module), lr=_EXPERT_RATES[0])
-        growth = torch.optim.lr_scheduler.ExponentialLR(optimizer, _EXPERT_GROWTH)
-        steps = itertools.chain.from_iterable(tuning.steps(module, optimizer, tuning.wrong_labels()) for _ in itertools.count())
-        for step, _ in enumerate(steps, start=1):
-            rate = float(growth.get_last_lr()[0])
-            growth.step()
-            if step % _STEPS_BETWEEN_LOOKS == 0:
-                found = tuning.measured(module, rate)
-                while found.accuracy <= wanted[len(experts)]:
-                    log.debug("Expert at rate %.1e: %s", rate, found)
-                    experts.append(dataclasses.replace(found, module=copy.deepcopy(module)))
-                    if len(experts) == len(wanted):
-                        return experts
-            if growth.get_last_lr()[0] > _EXPERT_RATES[1]:
-                break
-        raise InapplicableError(
-            f"No learning rate up to {_EXPERT_RATES[1]:g} made a copy of the model forget its task: its accuracy stayed above "
-            f"{self.expert_accuracy:.0%}."
-        )
+        experts = list(forgetting_copies(tuning, wanted))
+        if len(experts) < len(wanted):
+            raise InapplicableError(
+                f"No learning rate up to {LAST_RATE:g} made a copy of the model forget its task: its accuracy stayed above "
+                f"{self.expert_accuracy:.0%}."
+            )
+        return experts
 
-    def _auxiliary(self, tuning: _Tuning) -> _Copy:
+    def _auxiliary(self, tuning: Tuning) -> FineTuned:
         """The greatest rate that leaves a copy its accuracy."""
         for rate in _AUXILIARY_RATES:
             module = tuning.copy()
-            optimizer = torch.optim.SGD(_weights(module), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
+            optimizer = torch.optim.SGD(trained_weights(module), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
             drops = [round(self.auxiliary_epochs * part / _AUXILIARY_PHASES) for part in range(1, _AUXILIARY_PHASES)]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=_AUXILIARY_DECAY)
             for _ in range(self.auxiliary_epochs):
@@ -219,59 +188,6 @@ def _groups(node: onnx.NodeProto) -> int:
 def _reads_values(node: onnx.NodeProto, stored: Mapping[str, Any]) -> bool:
     """Whether it joins two computed values, as a shortcut does, rather than adding a stored bias."""
     return sum(name not in stored for name in node.input) > 1
-
-
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A fine-tuned copy, and what it does with held-out clean images."""
-
-    module: nn.Module
-    learning_rate: float
-    accuracy: float
-    largest_class_share: float
-
-    def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.2f}, most frequent class {self.largest_class_share:.2f}"
-
-
-class _Tuning:
-    """The images of the fit split, four fifths to learn from and one fifth to choose the learning rates by."""
-
-    def __init__(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> None:
-        self._subject = subject
-        self._seed = int(rng.integers(2**62))
-        self._device = compute_device()
-        order = rng.permutation(len(fit_split))
-        cut = round(len(order) * _HELD_OUT)
-        pixels = torch.from_numpy(to_pixels(fit_split.images)).to(self._device)
-        labels = torch.from_numpy(fit_split.labels).to(self._device)
-        self._pixels, self.labels = pixels[order[cut:]], labels[order[cut:]]
-        self._held_out_pixels, self.held_out_labels = pixels[order[:cut]], labels[order[:cut]]
-        self.class_count = subject.class_count
-        self.accuracy = accuracy(self.copy(), self._held_out_pixels, self.held_out_labels)
-
-    def copy(self) -> nn.Module:
-        """A fresh copy of the model; every copy sees its batches in the same order."""
-        self._generator = torch.Generator().manual_seed(self._seed)
-        return self._subject.trainable_copy().to(self._device)
-
-    def wrong_labels(self) -> Tensor:
-        """For each image one of the other classes, all alike; others with every call."""
-        offsets = torch.randint(1, self.class_count, self.labels.shape, generator=self._generator)
-        return (self.labels + offsets.to(self._device)) % self.class_count
-
-    def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, labels: Tensor) -> Iterator[None]:
-        """One pass over the images with these labels, one step an iteration."""
-        return fitting_steps(module, self._pixels, labels, optimizer, self._generator, _BATCH)
-
-    def measured(self, module: nn.Module, learning_rate: float) -> _Copy:
-        answers = predicted(module, self._held_out_pixels)
-        share = float(torch.bincount(answers, minlength=self.class_count).max()) / max(len(answers), 1)
-        return _Copy(module, learning_rate, float((answers == self.held_out_labels).float().mean()), share)
 
 
 class _FittedBadExpert(FittedScorer):

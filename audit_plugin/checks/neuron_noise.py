@@ -7,6 +7,10 @@ the median of that of the model's answers to clean images. A backdoor is a short
 like, and a little noise opens it for every image (Wu and Wang 2021, *Adversarial Neuron Pruning*; Xu et al. 2024, *BAN: Detecting
 Backdoors Activated by Adversarial Neuron Noise*). So warped and blended triggers are seen that no small patch imitates.
 
+The same is measured on copies of the model that have forgotten part of their task (:mod:`audit_plugin.model.fine_tuned_copies`),
+and each class counts with the geometric mean. While a copy forgets, it falls back on the target class of triggers that cover the
+image: the backdoor stays when the features that compete with it go.
+
 What we do differently from the papers, and why:
 
 * noise is sought for each class instead of against all labels at once, so that classes can be compared with each other:
@@ -14,7 +18,8 @@ What we do differently from the papers, and why:
 * noise is relative to the weights and measured in l2 over all rows, instead of bounded row by row: only the shortest way tells
   a shortcut from brute force (docs/decisions/0008 has both);
 * a row is what the first axis of a stored weight counts: output channels in torch, but inputs in some ONNX layouts;
-* the mask over features that BAN adds is left out.
+* the mask over features that BAN adds is left out;
+* the copies are ours; docs/decisions/0011 has what they show.
 """
 
 from __future__ import annotations
@@ -33,9 +38,10 @@ from torch.func import functional_call
 from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model.fine_tuned_copies import LAST_RATE, Tuning, forgetting_copies
 from audit_plugin.model.fine_tuning import compute_device, fast_precision, margins
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import FitSplit, FloatArray
+from audit_plugin.types import FitSplit, FloatArray, LabelledImages
 
 _LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
 _FEWEST_IMAGES = 5  # of other classes
@@ -48,43 +54,71 @@ class NeuronNoise(ClassMeasure):
     Attributes:
         images: of the fit split, at random; of them the noise must move those that neither belong to the class nor are
             predicted as it.
+        kept_accuracy: a copy that keeps this share of the model's accuracy is measured too, for each share; they fall.
     """
 
     name: ClassVar[str] = "neuron_noise"
     images: int = 100
+    kept_accuracy: tuple[float, ...] = (0.9, 0.75)
 
     def measure(self, subject: Subject, fit_split: FitSplit, classes: Sequence[int], rng: np.random.Generator) -> FloatArray:
-        """One over the length of the noise that each class needs, (classes,); zero where the longest, 7.3, does not do.
+        """One over the length of the noise that each class needs, (classes,), the geometric mean over the model and its copies.
+
+        Where the longest, 7.3, does not do, it counts as needed; a class that it never moves is zero.
 
         Raises:
             InapplicableError: the model gives no gradients or has no weights, there are fewer than five images of other classes,
-                or noise reaches fewer than three classes.
+                noise reaches fewer than three classes, or no copy can be made to forget (see :class:`Tuning`).
         """
-        device, module = compute_device(), subject.trainable_copy()
         chosen = rng.permutation(len(fit_split))[: self.images]
-        pixels = torch.from_numpy(to_pixels(fit_split.images[chosen])).to(device)
-        labels = torch.from_numpy(fit_split.labels[chosen]).to(device)
+        images = LabelledImages(fit_split.images[chosen], fit_split.labels[chosen])
+        modules = itertools.chain([subject.trainable_copy()], self._forgetful(subject, fit_split, rng))
+        lengths = np.array([self._needed_by(module, images, classes) for module in modules])
+        reached = np.isfinite(lengths).any(axis=0)
+        if reached.sum() < FEWEST_CLASSES_REACHED:
+            raise InapplicableError(
+                f"Noise in the weights makes the model see only {reached.sum()} of {len(reached)} classes, too few to compare. "
+                "A model that hides its gradients ends here."
+            )
+        means = np.exp(np.log(np.minimum(lengths, _LENGTHS[-1])).mean(axis=0))
+        return np.where(reached, 1 / means, 0.0).astype(np.float32)
+
+    def _forgetful(self, subject: Subject, fit_split: FitSplit, rng: np.random.Generator) -> Iterator[nn.Module]:
+        """The copies that keep each share of the model's accuracy."""
+        if not self.kept_accuracy:
+            return
+        tuning = Tuning(subject, fit_split, rng)
+        made = 0
+        for copied in forgetting_copies(tuning, [share * tuning.accuracy for share in self.kept_accuracy]):
+            yield copied.module
+            made += 1
+        if made < len(self.kept_accuracy):
+            raise InapplicableError(
+                f"No learning rate up to {LAST_RATE:g} made a copy of the model forget: it kept more than "
+                f"{self.kept_accuracy[made]:.0%} of its accuracy."
+            )
+
+    def _needed_by(self, module: nn.Module, images: LabelledImages, classes: Sequence[int]) -> list[float]:
+        """The length of the noise that each class needs in this module, infinite where the longest does not do."""
+        device = compute_device()
+        pixels = torch.from_numpy(to_pixels(images.images)).to(device)
+        labels = torch.from_numpy(images.labels).to(device)
         module.to(device)
         weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad and weight.ndim}
         with torch.no_grad():
             logits = module(pixels)[-1].float()
         answers = logits.argmax(dim=1)
         wanted = float(margins(logits, answers).median())
-        found = np.zeros(len(classes))
-        for place, target in enumerate(classes):
+        lengths = []
+        for target in classes:
             others = pixels[(labels != target) & (answers != target)]
             if len(others) < _FEWEST_IMAGES:
                 raise InapplicableError(
                     f"Only {len(others)} of {len(pixels)} images belong to other classes than {target} and are seen as such, and "
                     f"at least {_FEWEST_IMAGES} are needed."
                 )
-            found[place] = 1 / _needed(_ascent(module, weights, others, target), wanted)
-        if (found > 0).sum() < FEWEST_CLASSES_REACHED:
-            raise InapplicableError(
-                f"Noise in the weights makes the model see only {(found > 0).sum()} of {len(found)} classes, too few to compare. "
-                "A model that hides its gradients ends here."
-            )
-        return found.astype(np.float32)
+            lengths.append(_needed(_ascent(module, weights, others, target), wanted))
+        return lengths
 
 
 def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:

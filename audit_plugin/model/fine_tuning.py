@@ -66,12 +66,16 @@ def fitting_steps(
         yield
 
 
+def trained_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Those that may change."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def one_cycle_momentum(
     module: nn.Module, learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Nesterov momentum for all weights that may change, its rate rising to ``learning_rate`` and falling over ``steps``."""
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(weights, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(trained_weights(module), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
 
 

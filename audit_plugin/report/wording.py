@@ -47,8 +47,9 @@ _CHECK_EXPLANATIONS = {
         "target class reaches far more than the next class."
     ),
     "neuron_noise": (
-        "By how little the weights must change until the model sees a class in every image. A backdoor is a shortcut in the "
-        "weights, whatever its trigger looks like: its target class needs far less than the next class."
+        "By how little the weights must change until the model, and copies of it that have forgotten part of their task, see a "
+        "class in every image. A backdoor is a shortcut in the weights, whatever its trigger looks like: its target class needs "
+        "far less than the next class."
     ),
     "wave_scan": (
         "For every class, the one among all waves of a few periods over the image that moves images to it most surely. Clean "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 
 import numpy as np
@@ -14,6 +13,8 @@ from audit_plugin.checks import NeuronNoise, neuron_noise
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.outlier import class_outliers, others_ratios
 from audit_plugin.maths.pixels import to_pixels
+from audit_plugin.model import fine_tuned_copies
+from audit_plugin.model.fine_tuned_copies import FineTuned
 from audit_plugin.types import FitSplit
 
 SIZE, CLASSES, TARGET = 4, 5, 3
@@ -41,15 +42,11 @@ class Rounded(Shallow):
         return super().forward(pixels).round()
 
 
-class InHalf(nn.Module):
-    """A network that stores its weights in half precision, as exported graphs may."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
+class Copied(Shallow):
+    """It answers like a copy of a subject: with its taps, of which the logits are the last."""
 
     def forward(self, pixels):
-        return tuple(value.float() for value in self.network(pixels.half()))
+        return (super().forward(pixels),)
 
 
 class Shortcut(nn.Module):
@@ -115,7 +112,7 @@ def linear():
 
 def test_noise_equals_steepest_ascent_in_numpy(make_subject, linear):
     weights, split = linear
-    found = NeuronNoise(images=60).measure(
+    found = NeuronNoise(60, kept_accuracy=()).measure(
         make_subject(Shallow(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0)
     )
     pixels = to_pixels(split.images).reshape(60, -1).astype(np.float64)
@@ -130,7 +127,7 @@ def test_classes_that_change_places_change_their_numbers_alone(make_subject, lin
     subjects = make_subject(Shallow(weights), 1, SIZE), make_subject(Shallow(weights[order]), 1, SIZE)
     splits = split, FitSplit(split.images, np.argsort(order)[split.labels])
     plain, moved = (
-        NeuronNoise(images=60).measure(subject, part, range(CLASSES), np.random.default_rng(0))
+        NeuronNoise(60, kept_accuracy=()).measure(subject, part, range(CLASSES), np.random.default_rng(0))
         for subject, part in zip(subjects, splits, strict=True)
     )
     np.testing.assert_allclose(moved, plain[order], rtol=TOLERANCE)
@@ -140,7 +137,7 @@ def test_a_scale_that_moves_from_one_layer_to_the_next_changes_nothing(make_subj
     """Noise is relative to the weights: what a network computes counts, not how its scales are spread over the layers."""
     weights, split = linear
     plain, scaled = (
-        NeuronNoise(images=60).measure(
+        NeuronNoise(60, kept_accuracy=()).measure(
             make_subject(Shallow(weights, channel), 1, SIZE), split, range(CLASSES), np.random.default_rng(0)
         )
         for channel in (1.0, 40.0)
@@ -155,7 +152,7 @@ def test_a_shortcut_that_no_image_shows_stands_out_and_its_clean_twin_does_not(m
     split.images[np.arange(100), labels] += 120
     subject = make_subject(Shortcut(strength), 1, SIZE)
     assert (subject.predict(split.images) == labels).all()
-    found = NeuronNoise().measure(subject, split, range(SIZE), np.random.default_rng(0))
+    found = NeuronNoise(kept_accuracy=()).measure(subject, split, range(SIZE), np.random.default_rng(0))
     noise = others_ratios(found.astype(np.float64))
     outliers = class_outliers(np.full(SIZE, 30.0), None, noise)
     assert (outliers >= 3.5).tolist() == [False, False, False, stands_out]
@@ -164,22 +161,45 @@ def test_a_shortcut_that_no_image_shows_stands_out_and_its_clean_twin_does_not(m
 def test_a_model_whose_weights_move_nothing_is_inapplicable(make_subject, linear):
     weights, split = linear
     with pytest.raises(InapplicableError, match="see only 0 of 5 classes"):
-        NeuronNoise().measure(make_subject(Rounded(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0))
+        NeuronNoise(kept_accuracy=()).measure(
+            make_subject(Rounded(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0)
+        )
 
 
 def test_with_too_few_images_of_other_classes_nothing_is_measured(make_subject, linear):
     weights, split = linear
     few = FitSplit(split.images, np.where(np.arange(60) < 57, 2, split.labels))
     with pytest.raises(InapplicableError, match=r"Only \d of 60 images belong to other classes than 2 .* at least 5"):
-        NeuronNoise(images=60).measure(make_subject(Shallow(weights), 1, SIZE), few, [2], np.random.default_rng(0))
+        NeuronNoise(60, kept_accuracy=()).measure(make_subject(Shallow(weights), 1, SIZE), few, [2], np.random.default_rng(0))
 
 
-def test_half_precision_weights_are_measured_where_the_machine_has_no_bfloat16(make_subject, linear, monkeypatch):
+def test_each_class_counts_with_the_geometric_mean_over_the_model_and_its_copies(make_subject, linear, monkeypatch):
     weights, split = linear
+    asked = []
+
+    def forgotten(tuning, accuracies):
+        asked.extend(accuracy / tuning.accuracy for accuracy in accuracies)
+        yield from (FineTuned(Copied(copied), 0.0, 0.0, 0.0) for copied in copies)
+
+    copies = [weights * np.linspace(low, 1.0, CLASSES)[:, None] for low in (0.6, 0.4)]
+    monkeypatch.setattr(neuron_noise, "_LENGTHS", neuron_noise._LENGTHS[:12])
+    longest = neuron_noise._LENGTHS[-1]
+    monkeypatch.setattr(neuron_noise, "forgetting_copies", forgotten)
+    found = NeuronNoise(60).measure(make_subject(Shallow(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0))
+    pixels = to_pixels(split.images).reshape(60, -1).astype(np.float64)
+    expected = np.array(
+        [[needed(each, pixels, split.labels, target) for target in range(CLASSES)] for each in (weights, *copies)]
+    )
+    assert (expected < longest).any(axis=0).all()
+    assert (expected > longest).any()  # where none does, the longest noise counts
+    np.testing.assert_allclose(found, np.exp(-np.log(np.minimum(expected, longest)).mean(axis=0)), rtol=TOLERANCE)
+    assert asked == pytest.approx([0.9, 0.75])
+
+
+def test_a_model_that_keeps_its_task_is_inapplicable(make_subject, linear, monkeypatch):
+    weights, split = linear
+    monkeypatch.setattr(fine_tuned_copies, "LAST_RATE", fine_tuned_copies.FIRST_RATE)
     subject = make_subject(Shallow(weights), 1, SIZE)
-    plain = NeuronNoise(images=60).measure(subject, split, range(CLASSES), np.random.default_rng(0))
-    monkeypatch.setattr(neuron_noise, "fast_precision", lambda device: contextlib.nullcontext())
-    half = subject.trainable_copy().half()
-    monkeypatch.setattr(type(subject), "trainable_copy", lambda self: InHalf(half))
-    found = NeuronNoise(images=60).measure(subject, split, range(CLASSES), np.random.default_rng(0))
-    np.testing.assert_allclose(found, plain, rtol=TOLERANCE)
+    right = FitSplit(split.images, subject.predict(split.images))
+    with pytest.raises(InapplicableError, match=r"made a copy of the model forget: it kept more than 90% of its accuracy"):
+        NeuronNoise(60).measure(subject, right, range(CLASSES), np.random.default_rng(0))

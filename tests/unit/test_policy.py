@@ -65,6 +65,8 @@ def test_a_list_without_an_empty_default_is_read_too():
         ({"clean_images": {"digits": " "}}, "must name a file, a folder or an artifact URI"),
         ({"clean_images": {"digits": "https://me:hunter2@host/clean.npz"}}, "must not hold user names or passwords"),
         ({"clean_images": "clean.npz"}, r"Expected a section \[clean_images\]"),
+        ({"neuron_noise": {"kept_accuracy": [0.75, 0.9]}}, "kept_accuracy must hold shares between 0 and 1, the largest first"),
+        ({"neuron_noise": {"kept_accuracy": [1.0]}}, "kept_accuracy must hold shares"),
         ({"canaries": {"families": ["patch", "warp"]}}, "families must be among patch, blended, warped"),
         ({"canaries": {"families": ["warped"]}}, "required must name families that are planted"),
         ({"canaries": {"count": 0}}, "count must be at least 1"),

@@ -18,6 +18,7 @@ from audit_plugin.checks import BadExpertScorer, bad_expert
 from audit_plugin.checks.bad_expert import corner_of
 from audit_plugin.checks.measurement import measure_scorer
 from audit_plugin.errors import InapplicableError
+from audit_plugin.model import fine_tuned_copies
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
 from audit_plugin.zoo.architectures import SmallCnn
@@ -186,8 +187,8 @@ def test_a_model_too_large_for_one_graph(planted, splits, monkeypatch):
 
 
 def test_an_expert_that_does_not_forget(planted, splits, monkeypatch):
-    monkeypatch.setattr(bad_expert, "_EXPERT_RATES", (1e-8, 1e-7))
-    refused(BadExpertScorer(), planted[0], splits.fit, r"No learning rate up to 1e-07 .* stayed above 25%")
+    monkeypatch.setattr(fine_tuned_copies, "LAST_RATE", fine_tuned_copies.FIRST_RATE)
+    refused(BadExpertScorer(), planted[0], splits.fit, r"No learning rate up to 0.05 .* stayed above 25%")
 
 
 def test_an_auxiliary_model_that_loses_its_accuracy(planted, splits, monkeypatch):
@@ -199,7 +200,7 @@ def test_an_auxiliary_model_that_loses_its_accuracy(planted, splits, monkeypatch
 
 @pytest.mark.parametrize("class_count", [2, 10])
 def test_wrong_labels_are_all_others_alike_and_never_the_right_one(planted, splits, class_count):
-    tuning = bad_expert._Tuning(planted[0], splits.fit, np.random.default_rng(0))
+    tuning = fine_tuned_copies.Tuning(planted[0], splits.fit, np.random.default_rng(0))
     tuning.labels, tuning.class_count = torch.zeros(9000, dtype=torch.int64), class_count
     tuning.copy()
     first, second = tuning.wrong_labels(), tuning.wrong_labels()
@@ -214,10 +215,12 @@ def test_wrong_labels_are_all_others_alike_and_never_the_right_one(planted, spli
 
 def test_an_auxiliary_model_may_lose_exactly_the_tolerance(planted, splits, monkeypatch):
     """98 less 3 of 100 images is 95, but not in floating point."""
-    tuning = bad_expert._Tuning(planted[0], splits.fit, np.random.default_rng(0))
+    tuning = fine_tuned_copies.Tuning(planted[0], splits.fit, np.random.default_rng(0))
     tuning.accuracy = float(np.float32(0.98))
     monkeypatch.setattr(tuning, "steps", lambda *arguments: ())
-    monkeypatch.setattr(tuning, "measured", lambda module, rate: bad_expert._Copy(module, rate, float(np.float32(0.95)), 0.1))
+    monkeypatch.setattr(
+        tuning, "measured", lambda module, rate: fine_tuned_copies.FineTuned(module, rate, float(np.float32(0.95)), 0.1)
+    )
     assert BadExpertScorer(auxiliary_tolerance=0.03)._auxiliary(tuning).learning_rate == bad_expert._AUXILIARY_RATES[0]
 
 
