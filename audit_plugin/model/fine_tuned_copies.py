@@ -53,7 +53,7 @@ class Tuning:
     """The images of the fit split, four fifths to learn from and one fifth, held out, to see what was learned.
 
     Attributes:
-        pixels, labels: to learn from.
+        labels: of the images to learn from.
         accuracy: of the subject on held-out images.
 
     Raises:
@@ -75,7 +75,7 @@ class Tuning:
         cut = round(len(order) * _HELD_OUT)
         pixels = torch.from_numpy(to_pixels(fit_split.images)).to(self._device)
         labels = torch.from_numpy(fit_split.labels).to(self._device)
-        self.pixels, self.labels = pixels[order[cut:]], labels[order[cut:]]
+        self._pixels, self.labels = pixels[order[cut:]], labels[order[cut:]]
         self._held_out_pixels, self.held_out_labels = pixels[order[:cut]], labels[order[:cut]]
         self.class_count = subject.class_count
         self.accuracy = accuracy(self.copy(), self._held_out_pixels, self.held_out_labels)
@@ -92,7 +92,7 @@ class Tuning:
 
     def steps(self, module: nn.Module, optimizer: torch.optim.Optimizer, labels: Tensor) -> Iterator[None]:
         """One pass over the images with these labels, one step an iteration."""
-        return fitting_steps(module, self.pixels, labels, optimizer, self._generator, _BATCH)
+        return fitting_steps(module, self._pixels, labels, optimizer, self._generator, _BATCH)
 
     def measured(self, module: nn.Module, learning_rate: float) -> FineTuned:
         """What it does with held-out images."""
