@@ -41,7 +41,7 @@ from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.fine_tuned_copies import LAST_RATE, Tuning, forgetting_copies
 from audit_plugin.model.fine_tuning import compute_device, fast_precision, margins
 from audit_plugin.model.subject import Subject
-from audit_plugin.types import FitSplit, FloatArray, LabelledImages
+from audit_plugin.types import FitSplit, FloatArray
 
 _LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
 _FEWEST_IMAGES = 5  # of other classes
@@ -70,10 +70,12 @@ class NeuronNoise(ClassMeasure):
             InapplicableError: the model gives no gradients or has no weights, there are fewer than five images of other classes,
                 noise reaches fewer than three classes, or no copy can be made to forget (see :class:`Tuning`).
         """
+        device = compute_device()
         chosen = rng.permutation(len(fit_split))[: self.images]
-        images = LabelledImages(fit_split.images[chosen], fit_split.labels[chosen])
-        modules = itertools.chain([subject.trainable_copy()], self._forgetful(subject, fit_split, rng))
-        lengths = np.array([self._needed_by(module, images, classes) for module in modules])
+        pixels = torch.from_numpy(to_pixels(fit_split.images[chosen])).to(device)
+        labels = torch.from_numpy(fit_split.labels[chosen]).to(device)
+        modules = itertools.chain([subject.trainable_copy().to(device)], self._forgetful(subject, fit_split, rng))
+        lengths = np.array([_lengths_needed(module, pixels, labels, classes) for module in modules])
         reached = np.isfinite(lengths).any(axis=0)
         if reached.sum() < FEWEST_CLASSES_REACHED:
             raise InapplicableError(
@@ -88,37 +90,33 @@ class NeuronNoise(ClassMeasure):
         if not self.kept_accuracy:
             return
         tuning = Tuning(subject, fit_split, rng)
-        made = 0
-        for copied in forgetting_copies(tuning, [share * tuning.accuracy for share in self.kept_accuracy]):
-            yield copied.module
-            made += 1
-        if made < len(self.kept_accuracy):
-            raise InapplicableError(
-                f"No learning rate up to {LAST_RATE:g} made a copy of the model forget: it kept more than "
-                f"{self.kept_accuracy[made]:.0%} of its accuracy."
-            )
-
-    def _needed_by(self, module: nn.Module, images: LabelledImages, classes: Sequence[int]) -> list[float]:
-        """The length of the noise that each class needs in this module, infinite where the longest does not do."""
-        device = compute_device()
-        pixels = torch.from_numpy(to_pixels(images.images)).to(device)
-        labels = torch.from_numpy(images.labels).to(device)
-        module.to(device)
-        weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad and weight.ndim}
-        with torch.no_grad():
-            logits = module(pixels)[-1].float()
-        answers = logits.argmax(dim=1)
-        wanted = float(margins(logits, answers).median())
-        lengths = []
-        for target in classes:
-            others = pixels[(labels != target) & (answers != target)]
-            if len(others) < _FEWEST_IMAGES:
+        copies = forgetting_copies(tuning, [share * tuning.accuracy for share in self.kept_accuracy])
+        for share, copied in itertools.zip_longest(self.kept_accuracy, copies):
+            if copied is None:
                 raise InapplicableError(
-                    f"Only {len(others)} of {len(pixels)} images belong to other classes than {target} and are seen as such, and "
-                    f"at least {_FEWEST_IMAGES} are needed."
+                    f"No learning rate up to {LAST_RATE:g} made a copy of the model forget: it kept more than {share:.0%} of its "
+                    "accuracy."
                 )
-            lengths.append(_needed(_ascent(module, weights, others, target), wanted))
-        return lengths
+            yield copied.module
+
+
+def _lengths_needed(module: nn.Module, pixels: Tensor, labels: Tensor, classes: Sequence[int]) -> list[float]:
+    """The length of the noise that each class needs in this module, infinite where the longest does not do."""
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad and weight.ndim}
+    with torch.no_grad():
+        logits = module(pixels)[-1].float()
+    answers = logits.argmax(dim=1)
+    wanted = float(margins(logits, answers).median())
+    lengths = []
+    for target in classes:
+        others = pixels[(labels != target) & (answers != target)]
+        if len(others) < _FEWEST_IMAGES:
+            raise InapplicableError(
+                f"Only {len(others)} of {len(pixels)} images belong to other classes than {target} and are seen as such, and "
+                f"at least {_FEWEST_IMAGES} are needed."
+            )
+        lengths.append(_needed(_ascent(module, weights, others, target), wanted))
+    return lengths
 
 
 def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:

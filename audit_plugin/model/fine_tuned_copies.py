@@ -53,7 +53,7 @@ class Tuning:
     """The images of the fit split, four fifths to learn from and one fifth, held out, to see what was learned.
 
     Attributes:
-        labels: of the images to learn from.
+        labels, held_out_labels: of the images to learn from, and of those held out.
         accuracy: of the subject on held-out images.
 
     Raises:

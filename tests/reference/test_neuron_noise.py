@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -40,6 +41,17 @@ class Rounded(Shallow):
 
     def forward(self, pixels):
         return super().forward(pixels).round()
+
+
+class InHalf(nn.Module):
+    """A network that stores its weights in half precision, as exported graphs may."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels):
+        return tuple(value.float() for value in self.network(pixels.half()))
 
 
 class Copied(Shallow):
@@ -203,3 +215,14 @@ def test_a_model_that_keeps_its_task_is_inapplicable(make_subject, linear, monke
     right = FitSplit(split.images, subject.predict(split.images))
     with pytest.raises(InapplicableError, match=r"made a copy of the model forget: it kept more than 90% of its accuracy"):
         NeuronNoise(60).measure(subject, right, range(CLASSES), np.random.default_rng(0))
+
+
+def test_half_precision_weights_are_measured_where_the_machine_has_no_bfloat16(make_subject, linear, monkeypatch):
+    weights, split = linear
+    subject = make_subject(Shallow(weights), 1, SIZE)
+    plain = NeuronNoise(60, kept_accuracy=()).measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    monkeypatch.setattr(neuron_noise, "fast_precision", lambda device: contextlib.nullcontext())
+    half = subject.trainable_copy().half()
+    monkeypatch.setattr(type(subject), "trainable_copy", lambda self: InHalf(half))
+    found = NeuronNoise(60, kept_accuracy=()).measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    np.testing.assert_allclose(found, plain, rtol=TOLERANCE)
