@@ -42,7 +42,17 @@ from audit_plugin.types import (
     trigger_search,
 )
 
-TRAITS = ("classes", "channels", "height", "width", "clean_accuracy", "log_parameters", "log_patch_size", "log_additive_size")
+TRAITS = (
+    "classes",
+    "channels",
+    "height",
+    "width",
+    "clean_accuracy",
+    "log_clean_images",
+    "log_parameters",
+    "log_patch_size",
+    "log_additive_size",
+)
 """What is measured of whether two models can be compared; the first four must be the same, the others near the pool's own."""
 
 SETTINGS = (
@@ -52,6 +62,7 @@ SETTINGS = (
     "bad_expert",
     "beniful",
     "trigger_inversion",
+    "source_specific",
     "maximum_margin",
     "neuron_noise",
     "wave_scan",
@@ -63,6 +74,7 @@ FEWEST_REFERENCES = 9  # below, not even one in ten can be told
 _FORMAT = "backdoor-audit reference pool, version 1"
 _LARGEST_FILE = 4 * 1024**2
 _LEEWAY = 0.5  # of the pool's own range, by which a trait may lie outside it
+_LEAST_LEEWAY = {"log_clean_images": math.log(1.5)}  # one clean set often serves for a whole pool
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,7 @@ def traits_of(subject: SubjectSummary, clean_set: CleanSetSummary, outcomes: Seq
         "height": float(spec.height),
         "width": float(spec.width),
         "clean_accuracy": clean_set.clean_accuracy.value,
+        "log_clean_images": math.log(max(sum(clean_set.images_per_class), 1)),
         "log_parameters": math.log(max(subject.parameter_count, 1)),
     }
     search = trigger_search(outcomes)
@@ -323,7 +336,7 @@ def _problems(
         here = traits.get(name)
         there = [entry.traits[name] for entry in references]
         low, high = min(there), max(there)
-        leeway = 0.0 if name in TRAITS[:4] else _LEEWAY * (high - low)
+        leeway = 0.0 if name in TRAITS[:4] else max(_LEEWAY * (high - low), _LEAST_LEEWAY.get(name, 0.0))
         if here is None:
             problems.append(f"Not measured here: {name}.")
         elif not low - leeway <= here <= high + leeway:

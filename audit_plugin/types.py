@@ -268,7 +268,8 @@ class TriggerSearch:
     """What trigger inversion found: for every family in turn one entry a searched class, in class order.
 
     The search ran ``searches`` times; each entry holds the smallest trigger found, its ``outlier`` compares the classes'
-    geometric mean sizes over all searches. ``classes_skipped`` were not searched; of pairs, as sources.
+    geometric mean sizes over all searches. ``classes_skipped`` were not searched; of pairs, those are
+    sources with too few images or for which most candidates do not work.
     """
 
     candidates: tuple[TriggerEvidence, ...]

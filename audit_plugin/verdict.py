@@ -61,7 +61,8 @@ NO_CANARIES = (
 )
 BLIND_SPOTS = (
     "Clean-label, warping and sample-specific triggers are seen only as far as a small patch or perturbation imitates them, or a "
-    "little noise in the weights brings them about; of waves, those of a few whole periods over the image.",
+    "little noise in the weights brings them about (several target classes hide each other there); of waves, those of a few "
+    "whole periods over the image.",
     NO_CANARIES,
 )
 
@@ -283,7 +284,7 @@ def _unsearched_pairs(pairs: TriggerSearch | None, class_names: Sequence[str]) -
     if not pairs.classes_skipped:
         return ()
     named = _listed([class_names[label] for label in pairs.classes_skipped])
-    return (f"Triggers that work from one class only were not searched for from {named}, which have too few clean images.",)
+    return (f"Triggers that work from one class only were not found from {named}: too few images, or most searches led nowhere.",)
 
 
 def _blind_spots(canaries: PowerCheck | None) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from audit_plugin.maths.pixels import to_pixels
-from audit_plugin.model.fine_tuning import compute_device, fast_precision
+from audit_plugin.model.fine_tuning import compute_device, fast_precision, images_at_once
 from audit_plugin.types import FitSplit, Trigger, TriggerFamily
 
 _FLIP_MEMORY = 0.7  # weight of the past in the running flip rate
@@ -90,7 +90,7 @@ def invert(
     module = module.to(device)
     pixels = torch.from_numpy(to_pixels(fit_split.images)).to(device)
     labels = torch.from_numpy(fit_split.labels).to(device)
-    size = budget.images_per_batch // budget.images_per_step
+    size = max(images_at_once(budget.images_per_batch, pixels) // budget.images_per_step, 1)
     groups = [goals[start : start + size] for start in range(0, len(goals), size)]
     total = len(groups) * len(families) * budget.steps
     done = 0

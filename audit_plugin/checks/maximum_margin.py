@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure
 from audit_plugin.errors import InapplicableError
-from audit_plugin.model.fine_tuning import compute_device, margins
+from audit_plugin.model.fine_tuning import compute_device, images_at_once, margins
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray
 
 _STEP = 0.01
 _SMALLEST_CHANGE = 1e-5
-_MOST_IMAGES = 2048  # that go through the network at once
+_MOST_IMAGES = 2048  # of 32 x 32 that go through the network at once
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MaximumMargin(ClassMeasure):
         start = torch.rand(shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62)))).to(device)
         module.to(device)
         try:
-            groups = torch.tensor(list(classes), device=device).split(max(_MOST_IMAGES // self.starts, 1))
+            groups = torch.tensor(list(classes), device=device).split(max(images_at_once(_MOST_IMAGES, start) // self.starts, 1))
             found = np.concatenate([self._ascend(module, start, targets) for targets in groups])
         finally:
             module.to("cpu")

@@ -99,11 +99,20 @@ def measure_probe(
         if len(runs) >= searches or not doubtful[0] <= greatest <= doubtful[1]:
             break
         log.info("The greatest outlier is %.1f: searching again to make sure.", greatest)
-    sources = {candidate.trigger.source_class for candidate in candidates} - {None}
-    searched = sources or {candidate.trigger.target_class for candidate in candidates}
-    skipped = tuple(label for label in range(subject.class_count) if label not in searched)
+    skipped = tuple(label for label in range(subject.class_count) if label not in _searched(candidates))
     candidates = [replace(candidate, success=test.success(candidate.trigger, subject)) for candidate in candidates]
     return TriggerSearch(tuple(candidates), int(getattr(probe, "steps", 0)), len(runs), skipped)
+
+
+def _searched(candidates: Sequence[TriggerEvidence]) -> set[int]:
+    """The classes with a candidate; of pairs, the sources for which at least every second candidate works."""
+    works: dict[int, list[bool]] = {}
+    for found in candidates:
+        if (source := found.trigger.source_class) is not None:
+            works.setdefault(source, []).append(found.is_compared)
+    if not works:
+        return {found.trigger.target_class for found in candidates}
+    return {source for source, of_source in works.items() if 2 * sum(of_source) >= len(of_source)}
 
 
 @dataclass(frozen=True)

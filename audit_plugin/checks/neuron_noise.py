@@ -17,7 +17,8 @@ What we do differently from the papers, and why:
   untargeted noise ends in some one class of every model, clean ones too;
 * noise is relative to the weights and measured in l2 over all rows, instead of bounded row by row: only the shortest way tells
   a shortcut from brute force (docs/decisions/0008 has both);
-* a row is what the first axis of a stored weight counts: output channels in torch, but inputs in some ONNX layouts;
+* a row is what the first axis longer than one of a stored weight counts: output channels in torch, but inputs in some ONNX
+  layouts;
 * the mask over features that BAN adds is left out;
 * the copies are ours; docs/decisions/0011 has what they show.
 """
@@ -39,12 +40,13 @@ from audit_plugin.checks.base import FEWEST_CLASSES_REACHED, ClassMeasure
 from audit_plugin.errors import InapplicableError
 from audit_plugin.maths.pixels import to_pixels
 from audit_plugin.model.fine_tuned_copies import LAST_RATE, Tuning, forgetting_copies
-from audit_plugin.model.fine_tuning import compute_device, fast_precision, margins
+from audit_plugin.model.fine_tuning import compute_device, fast_precision, images_at_once, margins
 from audit_plugin.model.subject import Subject
 from audit_plugin.types import FitSplit, FloatArray
 
 _LENGTHS = (0.0, *(0.05 * 1.3**step for step in range(20)))  # to 7.3
 _FEWEST_IMAGES = 5  # of other classes
+_MOST_IMAGES = 512  # of 32 x 32 that go through the network at once
 
 
 @dataclass(frozen=True)
@@ -133,19 +135,25 @@ def _needed(path: Iterator[tuple[float, float]], wanted: float) -> float:
 
 def _ascent(module: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor, target: int) -> Iterator[tuple[float, float]]:
     """Length of the path to the noise and the mean margin of ``target`` over the images, from no noise to the longest."""
-    noise = {name: torch.zeros(len(weight), *[1] * (weight.ndim - 1), device=pixels.device) for name, weight in weights.items()}
-    targets = torch.full((len(pixels),), target, device=pixels.device)
+    noise = {name: torch.zeros(_rows(weight), device=pixels.device) for name, weight in weights.items()}
+    parts = pixels.split(images_at_once(_MOST_IMAGES, pixels))
     for length, longer in itertools.pairwise((*_LENGTHS, math.inf)):
         for row in noise.values():
             row.requires_grad_(True)
-        with fast_precision(pixels.device):
-            noisy = {name: (weight * (1 + noise[name])).to(weight.dtype) for name, weight in weights.items()}
-            logits = functional_call(module, noisy, (pixels,))[-1].float()
-        yield length, float(margins(logits.detach(), targets).mean())
-        if math.isinf(longer) or not logits.requires_grad:
-            return
-        objective = logits.log_softmax(dim=1)[:, target].mean()
-        gradients = torch.autograd.grad(objective, list(noise.values()), allow_unused=True, materialize_grads=True)
+        gradients = [torch.zeros_like(row) for row in noise.values()]
+        margin = 0.0
+        for part in parts:
+            share = len(part) / len(pixels)
+            with fast_precision(pixels.device):
+                noisy = {name: (weight * (1 + noise[name])).to(weight.dtype) for name, weight in weights.items()}
+                logits = functional_call(module, noisy, (part,))[-1].float()
+            targets = torch.full((len(part),), target, device=pixels.device)
+            margin += share * float(margins(logits.detach(), targets).mean())
+            if not math.isinf(longer) and logits.requires_grad:
+                objective = share * logits.log_softmax(dim=1)[:, target].mean()
+                added = torch.autograd.grad(objective, list(noise.values()), allow_unused=True, materialize_grads=True)
+                gradients = [found + more for found, more in zip(gradients, added, strict=True)]
+        yield length, margin
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
         if not 0 < norm < math.inf:
             return
@@ -153,3 +161,9 @@ def _ascent(module: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor, ta
             name: row.detach() + (longer - length) / norm * gradient
             for (name, row), gradient in zip(noise.items(), gradients, strict=True)
         }
+
+
+def _rows(weight: Tensor) -> list[int]:
+    """The shape of one number a row of the weight."""
+    axis = next((axis for axis, length in enumerate(weight.shape) if length > 1), 0)
+    return [length if position == axis else 1 for position, length in enumerate(weight.shape)]

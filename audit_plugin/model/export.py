@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -31,7 +31,7 @@ from audit_plugin.model.onnx_graph import without_softmax as onnx_without_softma
 from audit_plugin.model.onnx_to_torch import OnnxModule
 from audit_plugin.model.runtime import Session, serialised
 from audit_plugin.model.taps import Tap
-from audit_plugin.model.torch_graph import choose_graph_taps, with_taps
+from audit_plugin.model.torch_graph import choose_graph_taps, make_tensors_on, with_taps
 from audit_plugin.model.torch_graph import without_softmax as torch_without_softmax
 from audit_plugin.types import FloatArray, InputSpec
 
@@ -107,6 +107,14 @@ class PixelModel(nn.Module):
         if self.probabilities:
             answers = (*answers[:-1], answers[-1].clamp(min=_SMALLEST_PROBABILITY).log())
         return answers
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Where torch moves the weights, the tensors that the graph makes while it runs have to be made as well."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it so
+        for part in self.modules():
+            if isinstance(part, fx.GraphModule):
+                make_tensors_on(part, self.scale.device)
+        return self
 
 
 class InBatches(nn.Module):

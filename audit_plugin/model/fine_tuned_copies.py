@@ -105,6 +105,9 @@ def forgetting_copies(tuning: Tuning, accuracies: Sequence[float]) -> Iterator[F
     """One copy as it was when its held-out accuracy first was at most each of ``accuracies``, which fall.
 
     Fewer than asked where the last learning rate did not suffice.
+
+    Raises:
+        InapplicableError: fine-tuning made a weight NaN or infinite; such a copy has forgotten nothing, it is broken.
     """
     module = tuning.copy()
     optimizer = torch.optim.Adam(trained_weights(module), lr=FIRST_RATE)
@@ -115,6 +118,10 @@ def forgetting_copies(tuning: Tuning, accuracies: Sequence[float]) -> Iterator[F
         rate = float(growth.get_last_lr()[0])
         growth.step()
         if step % _STEPS_BETWEEN_LOOKS == 0:
+            if not all(bool(weight.isfinite().all()) for weight in trained_weights(module)):
+                raise InapplicableError(
+                    f"A copy that was to forget broke at the learning rate {rate:.1e}: a weight is no number."
+                )
             found = tuning.measured(module, rate)
             while waiting and found.accuracy <= waiting[0]:
                 log.debug("Forgetting at rate %.1e: %s", rate, found)

@@ -12,6 +12,7 @@ from torch.nn import functional
 _SMALLEST_BATCHES = 8  # an epoch of fewer steps than this is none
 _EVALUATION_BATCH = 256
 _TEMPERATURE = 2.0  # of the softmax that a copy is to match
+_USUAL_POINTS = 32 * 32  # of the images for which numbers of images at once are given
 
 
 def compute_device() -> torch.device:
@@ -24,6 +25,11 @@ def fast_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported())
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def images_at_once(most: int, pixels: Tensor) -> int:
+    """How many images like ``pixels`` (..., height, width) take no more memory than ``most`` of 32 x 32; at least one."""
+    return max(most * _USUAL_POINTS // max(pixels.shape[-2] * pixels.shape[-1], _USUAL_POINTS), 1)
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from audit_plugin.errors import SubjectError
+from audit_plugin.model.stored_weights import store_weights_plainly
 from audit_plugin.model.taps import GraphNode, NodeKind, Tap, choose_taps
 
 _WEIGHTED = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum")
@@ -103,6 +104,8 @@ def without_softmax(graph: fx.GraphModule) -> fx.GraphModule | None:
 def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a module without guards or input checks, in-place operations made functional; it leaves its input as it is.
 
+    The weights of its layers are parameters, however the file stores them: see :func:`store_weights_plainly`.
+
     ``check_guards=False`` keeps torch from running the guard *code* stored in the file; building a new ``GraphModule`` drops the
     hook that insists on the exported batch size.
     """
@@ -117,7 +120,24 @@ def plain_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
             module.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # the same values, whatever the memory layout of the input
+    store_weights_plainly(module)
     return fx.GraphModule(module, module.graph)
+
+
+def make_tensors_on(graph: fx.GraphModule, device: torch.device) -> None:
+    """Let every node that names a device (``arange``, ``zeros``, a copy) name this one, in place."""
+
+    changed = False
+
+    def there(value: object) -> object:
+        nonlocal changed
+        changed |= isinstance(value, torch.device) and value != device
+        return device if isinstance(value, torch.device) else value
+
+    for node in graph.graph.nodes:
+        node.args, node.kwargs = (fx.node.map_aggregate(given, there) for given in (node.args, node.kwargs))  # type: ignore[arg-type]
+    if changed:
+        graph.recompile()
 
 
 def _writes_to_the_input(node: fx.Node) -> bool:

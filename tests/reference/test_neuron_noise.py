@@ -226,3 +226,27 @@ def test_half_precision_weights_are_measured_where_the_machine_has_no_bfloat16(m
     monkeypatch.setattr(type(subject), "trainable_copy", lambda self: InHalf(half))
     found = NeuronNoise(60, kept_accuracy=()).measure(subject, split, range(CLASSES), np.random.default_rng(0))
     np.testing.assert_allclose(found, plain, rtol=TOLERANCE)
+
+
+def test_images_may_go_through_the_network_in_parts(make_subject, linear, monkeypatch):
+    weights, split = linear
+    measure, subject = NeuronNoise(60, kept_accuracy=()), make_subject(Shallow(weights), 1, SIZE)
+    at_once = measure.measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    monkeypatch.setattr(neuron_noise, "_MOST_IMAGES", 7)
+    in_parts = measure.measure(subject, split, range(CLASSES), np.random.default_rng(0))
+    np.testing.assert_allclose(in_parts, at_once, rtol=TOLERANCE)
+
+
+def test_a_copy_that_fine_tuning_broke_has_not_forgotten(make_subject, linear, monkeypatch):
+    weights, split = linear
+
+    def breaking(self, module, optimizer, labels):
+        for weight in optimizer.param_groups[0]["params"]:
+            weight.data.fill_(np.nan)
+        for _ in range(2):
+            optimizer.step()
+            yield
+
+    monkeypatch.setattr(fine_tuned_copies.Tuning, "steps", breaking)
+    with pytest.raises(InapplicableError, match="broke at the learning rate"):
+        NeuronNoise(60).measure(make_subject(Shallow(weights), 1, SIZE), split, range(CLASSES), np.random.default_rng(0))

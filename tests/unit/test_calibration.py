@@ -140,6 +140,7 @@ def test_a_model_is_not_compared_with_itself():
         ({"traits": dict.fromkeys(TRAITS[:-1], 10.0)}, "Not measured here: log_additive_size"),
         ({"alpha": 0.03}, "24 references; a p-value of 0.03 needs at least 33"),
         ({"settings": Policy().document() | {"layerwise": {"tau": 1.0}}}, "other settings in [layerwise]"),
+        ({"settings": Policy().document() | {"source_specific": {"maximum_classes": 0}}}, "other settings in [source_specific]"),
     ],
 )
 def test_a_pool_that_does_not_fit_says_nothing_and_why(changes, said):
@@ -164,6 +165,12 @@ def test_a_trait_may_lie_half_the_pools_range_outside_it():
     accuracies = {7.45: False, 7.55: True, 8.5: True, 9.45: True, 9.55: False}
     for accuracy, fits in accuracies.items():
         assert compared([0, 0], pool, traits=ALIKE | {"clean_accuracy": accuracy}).was_compared is fits
+
+
+def test_a_pool_audited_with_one_number_of_clean_images_judges_by_half_more_or_less():
+    for factor, fits in {0.6: False, 0.7: True, 1.0: True, 1.4: True, 1.6: False}.items():
+        traits = ALIKE | {"log_clean_images": 10.0 + math.log(factor)}
+        assert compared([0, 0], pool_of(TABLE), traits=traits).was_compared is fits
 
 
 # ------------------------------------------------------------------------------------------------- what is measured

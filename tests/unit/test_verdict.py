@@ -206,7 +206,7 @@ def test_sources_without_images_stay_a_blind_spot():
     partial = dataclasses.replace(found, measurement=dataclasses.replace(found.measurement, classes_skipped=(1, 2, 5, 6, 8, 9)))
     decision = verdict(search(39), layerwise(), partial)
     assert decision.verdict is Verdict.PASS
-    assert "from 'b', 'c', 'f', 'g', 'i' and others, which have too few clean images" in decision.blind_spots[0]
+    assert "from 'b', 'c', 'f', 'g', 'i' and others: too few images" in decision.blind_spots[0]
 
 
 def test_pairs_do_not_stand_in_for_the_search_over_classes():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import torch
 from torch import nn
 
 from audit_plugin.checks import SourceSpecificInversion
+from audit_plugin.checks.base import Probe
 from audit_plugin.checks.measurement import measure_probe
 from audit_plugin.errors import InapplicableError
-from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit
+from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit, Trigger
 
 SIZE, CLASSES, SOURCE, TARGET = 8, 6, 1, 4
 
@@ -83,7 +86,33 @@ def test_classes_with_too_few_images_are_told_as_no_sources(make_subject):
     fit = SPLITS.fit
     kept = np.flatnonzero((fit.labels != 1) | (np.cumsum(fit.labels == 1) <= 2))  # two images of class 1
     few = dataclasses.replace(SPLITS, fit=FitSplit(fit.images[kept], fit.labels[kept]))
-    search = SourceSpecificInversion(steps=5)
+    search = SourceSpecificInversion(steps=150)
     found = measure_probe(search, make_subject(Planted(False), 1, SIZE), few, np.random.default_rng(0))
     assert found.classes_skipped == (1,)
     assert any(candidate.trigger.target_class == 1 for candidate in found.candidates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(Probe):
+    """Hands out a patch of two points for every pair; those of the ``sources`` lie where they do something."""
+
+    name: ClassVar[str] = "found"
+    sources: tuple[int, ...] = ()
+
+    def search(self, subject, fit_split, rng):
+        triggers = []
+        for source, target in itertools.permutations(range(CLASSES), 2):
+            mask = np.zeros((SIZE, SIZE), np.float32)
+            mask[:, target if source in self.sources else -1] = 1
+            mask[:, source] = mask[:, target]
+            pattern = np.zeros((1, SIZE, SIZE), np.float32)
+            pattern[:, :, target] = 1
+            triggers.append(Trigger(target, mask, pattern, source))
+        return triggers
+
+
+def test_a_source_counts_as_searched_only_where_half_of_its_candidates_work(make_subject):
+    subject = make_subject(Planted(False), 1, SIZE)
+    found = measure_probe(Found(sources=(0, 2, 5)), subject, SPLITS, np.random.default_rng(0))
+    assert {candidate.trigger.source_class for candidate in found.candidates if candidate.is_compared} == {0, 2, 5}
+    assert found.classes_skipped == (1, 3, 4)

@@ -12,6 +12,7 @@ from torch import nn
 
 from audit_plugin.checks import TriggerInversion
 from audit_plugin.checks.base import Probe
+from audit_plugin.checks.inversion import Budget, Goal, Patches, invert
 from audit_plugin.checks.measurement import measure_probe
 from audit_plugin.types import CalibrateSplit, FitSplit, Splits, TestSplit, Trigger
 
@@ -171,3 +172,22 @@ def test_progress_reaches_one(make_subject):
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(ValueError, match="must"):
         TriggerInversion(**settings)
+
+
+@pytest.mark.parametrize(("size", "most"), [(16, 96), (32, 96), (64, 24), (128, 8)])
+def test_larger_images_go_through_the_network_fewer_at_a_time(size, most):
+    """As many as take the memory of ``images_per_batch`` of 32 x 32; those of one goal stay together."""
+    seen = []
+
+    class Watched(nn.Module):
+        def forward(self, pixels):
+            seen.append(len(pixels))
+            return (nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1)[:, :CLASSES],)
+
+    images = np.random.default_rng(0).integers(0, 256, (20, size, size, 1)).astype(np.uint8)
+    budget = Budget(steps=1, images_per_step=8, images_per_batch=96, flip_rate=0.9)
+    goals = [Goal(target) for target in range(CLASSES)]
+    found = invert(Watched(), FitSplit(images, np.arange(20)), goals, (Patches,), budget, np.random.default_rng(0))
+    assert [trigger.target_class for trigger in found] == list(range(CLASSES))
+    assert sum(seen) == 8 * CLASSES
+    assert max(seen) == min(most, 8 * CLASSES)

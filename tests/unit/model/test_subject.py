@@ -190,3 +190,28 @@ def test_weights_that_the_model_does_not_store_are_named(tmp_path):
         tensor.name = f"other_{tensor.name}"
     with pytest.raises(SubjectError, match="stores no weights named"):
         module.write_weights(renamed)
+
+
+class Placed(nn.Module):
+    """It makes tensors while it runs: positions of its pixels, a mask as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, CLASSES, 3), nn.Linear(CLASSES, CLASSES)
+
+    def forward(self, images):
+        values = self.conv(images * torch.linspace(0.5, 1, images.shape[-1]).to("cpu"))
+        return self.head(torch.relu(values).mean((2, 3))) * torch.ones(images.shape[0], 1)
+
+
+def test_what_a_graph_makes_while_it_runs_is_made_where_its_weights_are():
+    """The device ``meta`` stands for a GPU: what is on two devices cannot be added there either."""
+    program = torch.export.export(Placed().eval(), (torch.zeros(4, 3, SIZE, SIZE),), dynamic_shapes=({0: torch.export.Dim("b")},))
+    network = _probe(plain_graph(program), (-1, 3, SIZE, SIZE), -1)
+    subject = prepare_subject(network, SPEC, flavour="pt2", class_names=NAMES)
+    pixels = torch.rand(2, 3, SIZE, SIZE)
+    expected = subject.torch_module()(pixels)[-1]
+    elsewhere = subject.trainable_copy().to("meta")
+    assert elsewhere(pixels.to("meta"))[-1].device.type == "meta"
+    torch.testing.assert_close(subject.torch_module()(pixels)[-1], expected, rtol=0, atol=0)
+    assert elsewhere.to_empty(device="cpu")(pixels)[-1].device.type == "cpu"
