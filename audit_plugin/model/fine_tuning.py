@@ -80,8 +80,11 @@ def trained_weights(module: nn.Module) -> list[nn.Parameter]:
 def one_cycle_momentum(
     module: nn.Module, learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Nesterov momentum for all weights that may change, its rate rising to ``learning_rate`` and falling over ``steps``."""
-    optimizer = torch.optim.SGD(trained_weights(module), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    """Nesterov momentum for all weights that may change, its rate rising to ``learning_rate`` and falling over ``steps``.
+
+    Its momentum falls from 0.95 to 0.85 and rises again meanwhile, as ``OneCycleLR`` has it.
+    """
+    optimizer = torch.optim.SGD(trained_weights(module), lr=learning_rate, momentum=0.95, nesterov=True, weight_decay=5e-4)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
 
 
