@@ -206,8 +206,9 @@ def signer_from_environment(environment: Mapping[str, str] = os.environ) -> Cryp
     if not value:
         return None
     password = environment.get(SIGNING_KEY_PASSWORD, "")
+    pem = _pem(value, SIGNING_KEY)
     try:
-        key = serialization.load_pem_private_key(_pem(value, SIGNING_KEY), password.encode() if password else None)
+        key = serialization.load_pem_private_key(pem, password.encode() if password else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise UsageError(
             f"{SIGNING_KEY} holds no readable private key in PEM format; if it is encrypted, set {SIGNING_KEY_PASSWORD}. "

@@ -225,18 +225,18 @@ def _doubts(
 ) -> tuple[Reason, ...]:
     """Everything that keeps an audit from passing, whatever the checks found."""
     doubts = [Reason(finding.code, f"{finding.path}: {finding.message}.") for finding in findings if finding.code is not None]
+    if not expectations:
+        doubts.append(Reason("clean-set-unchecked", "The clean set was not validated."))
+    doubts.extend(  # before what was not measured: the model fed in a wrong way is why
+        Reason(f"clean-set-{expectation.name}", f"{expectation.description} Found: {expectation.observed}.")
+        for expectation in expectations
+        if expectation.required and not expectation.success
+    )
     doubts.extend(Reason("check-not-measured", f"The check '{check}' was not measured.") for check in not_measured)
     doubts.extend(
         Reason("check-failed", f"The check '{outcome.check}' broke: {outcome.error}")
         for outcome in outcomes
         if isinstance(outcome, Failed) and outcome.check not in not_measured
-    )
-    if not expectations:
-        doubts.append(Reason("clean-set-unchecked", "The clean set was not validated."))
-    doubts.extend(
-        Reason(f"clean-set-{expectation.name}", f"{expectation.description} Found: {expectation.observed}.")
-        for expectation in expectations
-        if expectation.required and not expectation.success
     )
     return tuple(doubts)
 

@@ -44,7 +44,7 @@ from audit_plugin.gate import (
 )
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.policy import POLICY_VARIABLE
-from audit_plugin.registry import check_remote, facts_of, redacted
+from audit_plugin.registry import check_remote, facts_of, redacted, without_note
 from audit_plugin.report.sanitise import clean_text
 from audit_plugin.requirements import load_requirements
 from mlflow_plugins.prompts import is_prompt
@@ -193,11 +193,14 @@ class PromotionGate(SqlAlchemyStore):
         source: str,
         run_id: str | None = None,
         tags: list[ModelVersionTag] | None = None,
+        run_link: str | None = None,
+        description: str | None = None,
         *arguments: Any,
         **settings: Any,
     ) -> ModelVersion:
-        """A version begins without any verdict: ``audit.*`` tags, which a copy brings along, are left out."""
-        return super().create_model_version(name, source, run_id, _unsealed(tags, name), *arguments, **settings)
+        """A version begins without any verdict: ``audit.*`` tags and summaries, which a copy brings along, are left out."""
+        told = without_note(description) if description else description
+        return super().create_model_version(name, source, run_id, _unsealed(tags, name), run_link, told, *arguments, **settings)
 
     def create_registered_model(
         self, name: str, tags: list[RegisteredModelTag] | None = None, *arguments: Any, **settings: Any

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from audit_plugin.calibration import SETTINGS, Reference, ReferencePool, calibrate, check_pool, find_pool
+from audit_plugin.calibration import FEWEST_REFERENCES, SETTINGS, Reference, ReferencePool, calibrate, check_pool, find_pool
 from audit_plugin.errors import AuditError, UsageError
 from audit_plugin.manifest import digest_of, manifest_of
 from audit_plugin.policy import Policy, load_policy
@@ -53,6 +53,10 @@ def pool(
 
     A model whose audit fails stays in: leaving false alarms out would make the pool say that there are none.
     """
+    if output.suffix != ".json" or not output.parent.is_dir():
+        raise typer.BadParameter(f"--output must be a .json file in a folder that exists, got '{output}'.")
+    if clean is not None and len(models) < FEWEST_REFERENCES:  # before hours of audits
+        raise typer.BadParameter(f"A pool needs at least {FEWEST_REFERENCES} models, got {len(models)}.")
     try:
         documents = _documents(models, clean, load_policy(policy_file), policy_file, reports, seed)
         made = pool_of(documents, name or output.stem, about)

@@ -115,6 +115,7 @@ def gate(
                 f"{uri} has no audit that counts, and --clean is missing for a new one: the policy's [clean_images] names none. "
                 f"{reasons}".strip()
             )
+        _check_key(requirements)
         report, logged = audit_and_print(
             uri,
             clean,
@@ -146,6 +147,19 @@ def gate(
         give_alias(version.name, version.version, promote)
         stderr.print(f"{uri} is '{promote}' now.", markup=False)
     return code
+
+
+def _check_key(requirements: Requirements) -> None:
+    """Find out before the audit that its verdict would not count: by none of the keys that may sign, or by no key."""
+    from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, signer_from_environment
+
+    accepted = requirements.verdict_keys.identifiers
+    signer = signer_from_environment()
+    if accepted and (signer is None or signer.public_key.keyid not in accepted):
+        raise UsageError(
+            f"The verdict would not count: {VERIFYING_KEYS} asks for a signature, and {SIGNING_KEY} "
+            f"{'is not set' if signer is None else 'holds none of these keys'}. Set it to the private key of one of them."
+        )
 
 
 def verify(

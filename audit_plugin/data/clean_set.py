@@ -346,7 +346,9 @@ def _label_array(labels: NDArray[Any], count: int, path: Path) -> LabelArray:
             f"'labels' in '{path}' is {labels.dtype}, expected integers: the index of each image's class, from 0."
         )
     if labels.shape != (count,):
-        step = " For one-hot labels save labels.argmax(axis=1)." if labels.ndim == 2 and len(labels) == count else ""
+        step = ""
+        if labels.ndim == 2 and len(labels) == count:
+            step = " Save labels.ravel()." if labels.shape[1] == 1 else " For one-hot labels save labels.argmax(axis=1)."
         raise CleanSetError(f"'labels' in '{path}' has shape {labels.shape}, expected ({count},), one an image.{step}")
     if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
         raise CleanSetError(f"'labels' in '{path}' go up to {labels.max()}, expected the index of a class.")

@@ -17,7 +17,15 @@ from audit_plugin.registry.connection import (
 )
 from audit_plugin.registry.pinning import PinnedModel, check_remote, fetch_images, pin, remote_files
 from audit_plugin.registry.registering import GUARD_OF_TAG, REPAIRED_FROM_TAG, register_guard, register_repaired
-from audit_plugin.registry.reports import ATTESTATION_FILE, VERDICT_TAG, LoggedReport, fetch_report_files, log_report, metrics_of
+from audit_plugin.registry.reports import (
+    ATTESTATION_FILE,
+    VERDICT_TAG,
+    LoggedReport,
+    fetch_report_files,
+    log_report,
+    metrics_of,
+    without_note,
+)
 from audit_plugin.registry.versions import facts_of, promote, put_statement, registered_version, statement_on, version_facts
 
 __all__ = [
@@ -49,4 +57,5 @@ __all__ = [
     "run_page",
     "statement_on",
     "version_facts",
+    "without_note",
 ]

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 VERDICT_TAG = "audit.verdict"
 ATTESTATION_FILE = "attestation.json"
 _BLOCK = ("<!-- backdoor-audit -->", "<!-- /backdoor-audit -->")
+_NOTE = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
 _DESCRIPTION_LIMIT = 5000
 _REFUSED = "PERMISSION_DENIED"
 
@@ -104,6 +105,7 @@ def _mark_version(
     Without one a registry with a gate takes nothing: whoever holds no key still has the report in MLflow.
     """
     registry = registry_of(client)
+    before = registered_version(client, name, version).tags.get(TAG_OF["verdict"])
     try:
         if envelope is not None:  # first of the tags: a registry with a gate takes the others on its word
             registry.set_model_version_tag(name, version, TAG_OF["verdict"], envelope)
@@ -112,8 +114,17 @@ def _mark_version(
         # The last of the tags: an audit that was logged by half shows no verdict, and a run that ended has one.
         registry.set_model_version_tag(name, version, VERDICT_TAG, str(report.decision.verdict))
     except MlflowException as error:
-        if envelope is not None or error.error_code != _REFUSED:
+        if error.error_code != _REFUSED:
             raise
+        if envelope is not None:
+            if registered_version(client, name, version).tags.get(TAG_OF["verdict"]) in (before, envelope):
+                raise
+            log.warning(
+                "Another audit of %s was published meanwhile, and its verdict stands there; the report of this one is run %s.",
+                report.model.pinned_uri,
+                run_id,
+            )
+            return
         log.warning(
             "The report is run %s, and nothing was written on %s, which takes signed audits alone. Set %s to sign: %s",
             run_id,
@@ -224,9 +235,14 @@ def _describe_version(client: MlflowClient, report: AuditReport, name: str, vers
     """The audit's summary in a version's description, in place of an earlier one."""
     description = registered_version(client, name, version).description or ""
     block = f"{_BLOCK[0]}\n{render_markdown_block(report, page)}\n{_BLOCK[1]}"
-    pattern = re.compile(f"{re.escape(_BLOCK[0])}.*?{re.escape(_BLOCK[1])}", re.DOTALL)
-    written = pattern.sub(lambda _: block, description) if pattern.search(description) else f"{description}\n\n{block}".strip()
+    written = _NOTE.sub(lambda _: block, description) if _NOTE.search(description) else f"{description}\n\n{block}".strip()
     if len(written) > _DESCRIPTION_LIMIT:
-        log.warning("The description of %s version %s has no room for the audit's summary; it was left as it is.", name, version)
-        return
-    registry_of(client).update_model_version(name, version, written)
+        log.warning("The description of %s version %s has no room for the audit's summary.", name, version)
+        written = without_note(description)  # of an earlier audit
+    if written != description:
+        registry_of(client).update_model_version(name, version, written)
+
+
+def without_note(description: str) -> str:
+    """A version's description without an audit's summary."""
+    return _NOTE.sub("", description).strip() if _NOTE.search(description) else description

@@ -94,7 +94,7 @@ def verdict_sentence(report: AuditReport) -> str:
 def verdict_advice(verdict: Verdict) -> str:
     """The next step, in a few words."""
     return {
-        Verdict.PASS: "May be promoted under this policy",
+        Verdict.PASS: "Whether it may be promoted, the promotion suite decides",
         Verdict.FAIL: "Keep it out of production; repair or replace it",
         Verdict.INCONCLUSIVE: "Resolve the reasons below, then audit again",
     }[verdict]

@@ -264,7 +264,10 @@ def test_tags_at_creation_are_left_out(client, make_version):
 def test_a_copy_must_earn_its_own_verdict(client, make_version, attest):
     version = make_version()
     attest(version)
+    note = "<!-- backdoor-audit -->\n### Backdoor audit: PASS\n<!-- /backdoor-audit -->"
+    client.update_model_version(version.name, "1", f"Ours.\n\n{note}")
     copy = client.copy_model_version(f"models:/{version.name}/1", f"{version.name}-copy")
+    assert client.get_model_version(copy.name, copy.version).description == "Ours."
     assert not any(key.startswith("audit.") for key in client.get_model_version(copy.name, copy.version).tags)
     refused(lambda: client.set_registered_model_alias(copy.name, "champion", copy.version), "no signed audit")
     refused(

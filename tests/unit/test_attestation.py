@@ -213,6 +213,11 @@ def test_keys_may_stand_in_the_variable_itself(pair, keys):
     assert verify(sign(STATEMENT, signer), keys) == STATEMENT
 
 
+def test_a_signing_key_that_is_not_there_is_called_missing_not_unreadable(tmp_path):
+    with pytest.raises(UsageError, match=rf"names '{tmp_path}/none.pem', which cannot be read: No such file"):
+        signer_from_environment({SIGNING_KEY: str(tmp_path / "none.pem")})
+
+
 def test_an_encrypted_key_needs_its_password(tmp_path):
     key = Ed25519PrivateKey.generate()
     file = tmp_path / "signing.pem"

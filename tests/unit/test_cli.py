@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,10 @@ import pytest
 
 from audit_plugin import cli as command_line
 from audit_plugin import publishing, registry, sandbox
+from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, generate_keys
 from audit_plugin.cli import auditing, console, demonstrating, gating
+from audit_plugin.errors import UsageError
+from audit_plugin.requirements import load_requirements
 from tests.audited_registry import AuditedRegistry
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -234,6 +238,20 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error_and_no_failed_audit(cli: Cli, 
     monkeypatch.setattr(gating, "_look_at", broken)
     finished = cli("gate", "models:/digits/1", "--clean", "clean.npz")
     assert (finished.returncode, finished.stderr.strip()) == (2, "error: Broken pipe")
+
+
+@pytest.mark.parametrize(("signing", "said"), [(None, "is not set"), ("other", "holds none of these keys"), ("ours", "")])
+def test_an_audit_whose_verdict_would_not_count_is_not_begun(
+    signing: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = {name: generate_keys(tmp_path / name) for name in ("ours", "other")}
+    monkeypatch.delenv(SIGNING_KEY, raising=False)
+    if signing is not None:
+        monkeypatch.setenv(SIGNING_KEY, str(pairs[signing][0]))
+    for keys, counts in ((str(pairs["ours"][1]), not said), ("", True)):
+        monkeypatch.setenv(VERIFYING_KEYS, keys)
+        with nullcontext() if counts else pytest.raises(UsageError, match=f"would not count: .* {said}"):
+            gating._check_key(load_requirements(None))
 
 
 # ------------------------------------------------------------------------------------------------ SIGTERM and SIGHUP

@@ -7,13 +7,16 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
-from audit_plugin.attestation import SIGNING_KEY, generate_keys
+from audit_plugin.attestation import SIGNING_KEY, TAG_OF, generate_keys
 from audit_plugin.errors import RegistryError, UsageError
-from audit_plugin.registry import check_server, describe_tracking, fetch_images, pin, redacted, registering
+from audit_plugin.registry import check_server, describe_tracking, fetch_images, pin, redacted, registering, reports, without_note
 from audit_plugin.registry.connection import teaching
 from audit_plugin.registry.pinning import _quoted, download
 from audit_plugin.registry.reports import _is_fetched
@@ -148,3 +151,51 @@ def test_an_origin_that_cannot_be_signed_is_a_warning_since_the_version_exists(
         registering._sign_tags(client, registered, {"audit.repaired_from": "models:/digits/1"})  # type: ignore[arg-type]
     assert "models:/digits/2 does not say where it came from." in caplog.text
     assert ("signed by none of the keys" if key == "foreign" else SIGNING_KEY) in caplog.text
+
+
+class Versions:
+    """A registry that takes one tag after the other until it refuses one, because another audit was published meanwhile."""
+
+    def __init__(self, refused: int, other: str | None) -> None:
+        self.tags: dict[str, str] = {}
+        self.refused, self.other = refused, other
+
+    def get_model_version(self, name: str, version: str) -> SimpleNamespace:
+        return SimpleNamespace(tags=dict(self.tags), description="")
+
+    def set_model_version_tag(self, name: str, version: str, key: str, value: str) -> None:
+        self.refused -= 1
+        if self.refused < 0:
+            if self.other is not None:
+                self.tags[TAG_OF["verdict"]] = self.other
+            raise MlflowException("No signed statement says so.", PERMISSION_DENIED)
+        self.tags[key] = value
+
+
+@pytest.mark.parametrize("refused", [0, 1, 3])
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_an_audit_that_another_overtook_is_published_and_a_refusal_is_told(
+    refused: int, meanwhile: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    versions = Versions(refused, "another envelope" if meanwhile else None)
+    report: Any = SimpleNamespace(decision=SimpleNamespace(verdict="pass"), model=SimpleNamespace(pinned_uri="models:/digits/1"))
+    monkeypatch.setattr(reports, "registry_of", lambda client: versions)
+    monkeypatch.setattr(reports, "_tags", lambda report: {"audit.digest": "sha256:1"})
+    monkeypatch.setattr(reports, "_describe_version", lambda *arguments: None)
+    monkeypatch.setattr(reports, "registered_version", lambda client, name, version: versions.get_model_version(name, version))
+    arguments: Any = (None, report, "digits", "1", "run 7", None, "our envelope")
+    if meanwhile:
+        reports._mark_version(*arguments)
+        assert "was published meanwhile" in caplog.text
+        assert "run 7" in caplog.text
+    else:
+        with pytest.raises(MlflowException, match="No signed statement"):
+            reports._mark_version(*arguments)
+
+
+def test_only_an_audits_summary_is_taken_out_of_a_description() -> None:
+    note = "<!-- backdoor-audit -->\n### Backdoor audit: PASS\n<!-- /backdoor-audit -->"
+    assert without_note(f"Ours.\n\n{note}") == "Ours."
+    assert without_note(note) == ""
+    for untouched in (" Ours. ", "<!-- backdoor-audit --> no end", ""):
+        assert without_note(untouched) == untouched

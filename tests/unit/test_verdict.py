@@ -68,6 +68,13 @@ def codes(decision):
     return [reason.code for reason in decision.reasons]
 
 
+def test_a_clean_set_that_breaks_its_contract_is_told_before_what_was_not_measured_because_of_it():
+    broken = tuple(dataclasses.replace(each, success=False) if each.required else each for each in GOOD)
+    told = codes(verdict(Inapplicable("trigger_inversion", "Not run"), expectations=broken))
+    assert told[0].startswith("clean-set-")
+    assert told.index("check-not-measured") > max(place for place, code in enumerate(told) if code.startswith("clean-set-"))
+
+
 def test_a_small_confirmed_trigger_fails_and_names_its_class():
     decision = verdict(search(5), layerwise())
     assert (decision.verdict, decision.suspected_class) == (Verdict.FAIL, 3)

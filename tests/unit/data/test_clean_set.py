@@ -480,6 +480,10 @@ def test_npz_labels_of_another_kind(tmp_path: Path, colours: np.ndarray) -> None
     assert "(5,), expected (6,)" in line
     line = message(npz(tmp_path / "c.npz", images=colours, labels=np.eye(6, 3, dtype=int)))
     assert "argmax(axis=1)" in line
+    line = message(npz(tmp_path / "e.npz", images=colours, labels=np.arange(6)[:, None]))
+    assert "(6, 1), expected (6,)" in line
+    assert "ravel()" in line
+    assert "argmax" not in line
     assert "go up to" in message(npz(tmp_path / "d.npz", images=colours, labels=np.full(6, 2**63, np.uint64)))
 
 

@@ -162,3 +162,14 @@ def test_the_file_that_is_written_is_the_whole_pool(files, tmp_path):
     run("pool", *files, "-o", tmp_path / "pool.json")
     document = json.loads((tmp_path / "pool.json").read_text())
     assert load_pool(tmp_path / "pool.json").document() == document
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("pool.txt", "must be a .json file"), ("none/pool.json", "in a folder that exists"), ("pool.json", "9 models")],
+)
+def test_what_keeps_a_pool_from_being_written_is_told_before_any_audit(tmp_path, output, said):
+    result = run("pool", "models:/signs/1", "--clean", tmp_path / "none.npz", "-o", tmp_path / output)
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.replace("│", " ").split())
+    assert "none.npz" not in result.output
