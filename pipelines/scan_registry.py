@@ -337,12 +337,14 @@ def _earlier(entry: Found, standing: Standing) -> Row:
     if attestation is None:
         raise ValueError("no attestation")
     facts, suspected = attestation.facts, attestation.facts.get("suspected_class")
-    reasons = facts.get("reasons")
+    reasons, promotion = facts.get("reasons"), facts.get("promotion")
+    refused = facts["verdict"] == Verdict.PASS and isinstance(promotion, Mapping) and promotion.get("allowed") is False
+    told = clean_text(", ".join(map(str, reasons))) if isinstance(reasons, list) else ""
     return _row(
         entry,
-        facts["verdict"],
+        Verdict.FAIL.value if refused else facts["verdict"],
         digest=attestation.digest,
-        reason=clean_text(", ".join(map(str, reasons))) if isinstance(reasons, list) else "",
+        reason="The audit passed, and the promotion suite does not allow it." if refused else told,
         suspected=str(suspected.get("name")) if isinstance(suspected, Mapping) else None,
         run_id=str(facts.get("run_id")),
     )
@@ -362,12 +364,16 @@ def _ended(row: Row, finished: Finished, rules: Rules, stop: threading.Event) ->
         reason = f"Its audit says '{report.decision.verdict}', but was not logged: {reason_of(error)}"
         return replace(row, outcome="error", reason=reason, seconds=seconds)
     suspected = report.decision.suspected_class
+    outcome, reason = report.decision.verdict, _first_reason(report)
+    if outcome is Verdict.PASS and not logged.promotion.allowed:  # as 'gate' and 'verify' have it
+        unmet = next((result.description for result in logged.promotion.results if not result.success), "")
+        outcome, reason = Verdict.FAIL, clean_text(f"The audit passed, and the promotion suite does not allow it: {unmet}")
     return replace(
         row,
-        outcome=report.decision.verdict.value,
+        outcome=outcome.value,
         audited=True,
         digest=report.model.digest,
-        reason=_first_reason(report),
+        reason=reason,
         suspected=None if suspected is None else report.subject.class_names[suspected],
         run_id=logged.run_id,
         seconds=seconds,

@@ -92,6 +92,8 @@ def _central_directory(path: str, data: memoryview) -> list[_Entry]:
             raise _damaged(path, f"the member name {quoted(name)}, which torch never writes")
         if name.casefold() in seen:
             raise _damaged(path, f"two members called {quoted(name)}, of which readers open different ones")
+        if "/code/__torch__" in name:
+            raise refusal(path, "TorchScript", "it holds code of its own", "Log the model as .pt2 (torch.export) instead.")
         if method != _STORED or packed != unpacked or flags & ~(_SIZES_FOLLOW | _UTF8_NAMES):
             raise _damaged(path, f"the compressed or encrypted member {quoted(name)}")
         seen.add(name.casefold())

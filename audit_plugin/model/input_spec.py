@@ -6,6 +6,7 @@ read from the policy, else from tags of the version, else from the model's own s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
@@ -69,8 +70,11 @@ def resolve_input_spec(shape: tuple[int, ...], policy: ModelPolicy, tags: Mappin
     std = _per_channel("std", _setting("std", policy.std, tags, (1.0,)), channels)
     (low,) = _single("low", _setting("low", policy.low, tags, (0.0,)))
     (high,) = _single("high", _setting("high", policy.high, tags, (1.0,)))
-    if min(std) <= 0 or not low < high:
-        raise SubjectError(f"std must be positive and low below high, got std {std}, low {low}, high {high}.")
+    if min(std) <= 0 or not low < high or not all(map(math.isfinite, (*mean, *std, low, high))):
+        raise SubjectError(
+            f"mean, std, low and high must be finite, std positive and low below high, got mean {mean}, std {std}, low {low}, "
+            f"high {high}."
+        )
     return InputSpec(height, width, channels, layout, low, high, mean, std)
 
 

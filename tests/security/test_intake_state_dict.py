@@ -96,4 +96,4 @@ def test_a_tensor_larger_than_its_storage_is_refused(refused: Callable) -> None:
 def test_torchscript_is_refused(refused: Callable) -> None:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.script(torch.nn.ReLU()), buffer)
-    refused({"model.pt": buffer.getvalue()}, "member")
+    refused({"model.pt": buffer.getvalue()}, "TorchScript")

@@ -80,3 +80,9 @@ def test_a_name_that_fits_into_no_statement_is_refused() -> None:
     assert names == ("cat", "d" * 200)
     with pytest.raises(SubjectError, match="a name of 201 characters, and at most 200"):
         resolve_class_names(2, ModelPolicy(), {"audit.classes": f"cat,{'d' * 201}"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", "nan"), ("std", "inf"), ("high", "inf")])
+def test_a_tag_that_is_no_finite_number_is_called_so(name: str, value: str) -> None:
+    with pytest.raises(SubjectError, match="must be finite"):
+        resolve_input_spec(SHAPE, ModelPolicy(), {f"{TAG}{name}": value})

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
+from audit_plugin import publishing
 from audit_plugin.attestation import SIGNING_KEY, VERIFYING_KEYS, VerifyingKeys, keys_from_environment, signer_from_environment
 from audit_plugin.attestation import generate_keys as make_keys
+from audit_plugin.promotion import Promotion
+from audit_plugin.types import Decision, Expectation, Reason, Verdict
+from pipelines import scan_registry
 from pipelines.scan.page import render_page
 from pipelines.scan.summary import OUTCOMES, Drift, Row, Summary, compared, open_summary, sign_summary, summary_from
 
@@ -187,3 +193,27 @@ def test_the_page_of_a_large_registry_stays_readable():
 def test_outcomes_are_in_the_order_of_attention():
     assert OUTCOMES[0] == "fail"
     assert OUTCOMES[-1] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "allowed", "outcome"), [("pass", True, "pass"), ("pass", False, "fail"), ("inconclusive", False, "inconclusive")]
+)
+def test_a_version_that_the_promotion_suite_refuses_does_not_count_as_passed(verdict, allowed, outcome, monkeypatch):
+    """As 'gate' and 'verify' have it, after the audit as well as in later scans."""
+    unmet = Expectation("only-pt2", "Only .pt2 goes into production.", False, "onnx")
+    promotion = Promotion(allowed, "sha256:s", () if allowed else (unmet,))
+    monkeypatch.setattr(publishing, "publish", lambda report, suite: SimpleNamespace(promotion=promotion, run_id="7"))
+    reasons = (Reason("no-class-stands-out", "None stands out."),)
+    report = SimpleNamespace(decision=Decision(Verdict(verdict), reasons), model=SimpleNamespace(digest="sha256:a"))
+    finished = SimpleNamespace(seconds=1.0, report=report)
+    now = scan_registry._ended(row(outcome="pending"), finished, SimpleNamespace(suite=None), threading.Event())
+    assert now.outcome == outcome
+    assert ("Only .pt2 goes into production." in now.reason) is (outcome == "fail")
+    assert (now.reason == "None stands out.") is (outcome != "fail")
+
+    facts = {"verdict": verdict, "promotion": {"allowed": allowed}, "reasons": ["no-class-stands-out"], "run_id": "7"}
+    standing = SimpleNamespace(attestation=SimpleNamespace(facts=facts, digest="sha256:a"))
+    monkeypatch.setattr(scan_registry, "_row", lambda entry, outcome, **more: row(outcome=outcome, **more))
+    earlier = scan_registry._earlier(None, standing)
+    assert earlier.outcome == outcome
+    assert ("promotion suite does not allow it" in earlier.reason) is (outcome == "fail")
